@@ -1,0 +1,42 @@
+# make demo   from nothing to a model that answers, in about ten minutes on two CPU cores
+# make test   the linter and every test
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+SAMPLE := dataset/sample_pretrain.txt
+ASK := $(PY) inference.py -i -m checkpoint/sft_best.pt -t 0 -r 1
+
+.PHONY: install demo test clean
+
+install: $(VENV)/installed
+
+$(VENV)/installed: requirements.txt constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -c constraints.txt torch
+	$(PY) -m pip install -c constraints.txt -r requirements.txt
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(PY) -m pip install -c constraints.txt pytest ruff hypothesis
+	touch $@
+
+demo: $(VENV)/installed
+	@date +%s > checkpoint/.demo_start
+	$(PY) dataset/make_sample.py
+	$(PY) data.py --pretrain dataset/sample_pretrain.txt --sft dataset/sample_sft.jsonl
+	$(PY) train.py -t pretrain
+	$(PY) train.py -t sft
+	$(PY) plot_loss.py -n $$(ls train_*.log | tail -n 2) -o checkpoint/demo_loss.png
+	@for q in 你是谁 字母Q怎么拼读 QTH是什么意思 20米波段的频率范围是多少 "What does 73 mean?"; do \
+		echo "> $$q"; $(ASK) -p "$$q"; done
+	$(PY) evaluate.py -m checkpoint/sft_best.pt --qa dataset/sample_heldout.jsonl
+	@echo "demo: $$(( $$(date +%s) - $$(cat checkpoint/.demo_start) )) s in all;" \
+		"talk to the model: $(PY) inference.py -i -m checkpoint/sft_best.pt"
+
+test: $(VENV)/installed-dev
+	$(VENV)/bin/ruff check .
+	$(PY) -m pytest -q tests
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__

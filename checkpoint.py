@@ -1,0 +1,182 @@
+"""Checkpoints: one .pt file that holds a plain dict (strings, numbers, lists, tensors) and nothing that runs.
+
+    python checkpoint.py checkpoint/sft_best.pt        what is in the file
+
+A file is written beside its final name, synced and renamed, so that a reader finds the old one or the new
+one and never a half. It is read with weights_only=True, after its checksums have been compared.
+"""
+
+import contextlib
+import glob
+import os
+import shutil
+import zipfile
+
+from config import ROOT, InputError, ModelConfig, Parser, from_dict, run
+
+if __name__ == "__main__":
+    cli = Parser(__doc__)
+    cli.add_argument("checkpoint", help="a .pt file")
+    ARGS = cli.parse_args()  # before torch is imported, so that --help and mistakes answer at once
+
+import torch
+
+from model import GPT
+from tokenizer import Tokenizer
+
+FORMAT = "nano-1"
+KEYS = ("format", "model", "optimizer", "step", "task", "model_config", "train_config", "tokenizer_config",
+        "best_val_loss", "dataloader", "rng", "scaler")
+
+
+def find(path):
+    """`path` as given, or else as seen from the repo root, where configs look."""
+    return path if os.path.exists(path) else os.path.join(ROOT, path)
+
+
+def save(path, checkpoint):
+    """Write `checkpoint` to `path`, whole or not at all. Raises InputError, and leaves the old file, if the
+    disk is full or the folder cannot be written."""
+    assert set(checkpoint) == set(KEYS), set(checkpoint) ^ set(KEYS)
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(temporary, "wb") as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+        sync_folder(path)
+    except (OSError, RuntimeError) as error:  # torch wraps a failed write in a RuntimeError
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise InputError(f"{path}: could not be saved ({reason}); earlier checkpoints are whole") from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+
+
+def sync_folder(path):
+    """Make a rename in the folder of `path` last through a power cut."""
+    if os.name == "posix":
+        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def alias(path, name):
+    """Let the fixed `name`, in the same folder, stand for the file `path`, in one step."""
+    target = os.path.join(os.path.dirname(path), name)
+    temporary = f"{target}.{os.getpid()}.tmp"
+    try:
+        os.link(path, temporary)  # a second name for the same bytes: costs no space
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, target)
+    sync_folder(target)
+
+
+def load(path):
+    """The checkpoint dict in `path`, on the CPU. Raises InputError for whatever is wrong with it."""
+    path = find(path)
+    if os.path.isdir(path):
+        raise InputError(f"{path}: is a folder, not a checkpoint file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch itself does not compare the checksums
+            if damaged:
+                raise InputError(f"{path}: damaged (checksum of {damaged}); take an earlier checkpoint")
+        with torch.serialization.safe_globals(stand_ins()):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file{what_there_is()}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except InputError:
+        raise
+    except Exception as error:  # whatever a damaged or hostile file makes the readers raise
+        reason = "it would run code" if "Unsupported" in str(error) or "WeightsUnpickler" in str(error) else \
+            str(error).splitlines()[0][:80] if str(error) else type(error).__name__
+        raise InputError(f"{path}: not a checkpoint that can be loaded safely ({reason})") from None
+    if isinstance(checkpoint, dict) and "step_count" in checkpoint:
+        checkpoint = from_reference(checkpoint, path)
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT or set(checkpoint) != set(KEYS):
+        raise InputError(f"{path}: not a checkpoint of this program")
+    return checkpoint
+
+
+def what_there_is():
+    names = sorted(os.path.basename(p) for p in glob.glob(os.path.join(ROOT, "checkpoint", "*.pt")))
+    return f"; there are {', '.join(names[:8])}" if names else "; train a model first (python train.py)"
+
+
+def latest(task, folder, say=print):
+    """Path and content of the newest valid checkpoint of `task`; says which ones it passed over."""
+    paths = glob.glob(os.path.join(glob.escape(folder), "*.pt"))
+    for path in sorted(paths, key=lambda p: (os.path.getmtime(p), p), reverse=True):
+        try:
+            checkpoint = load(path)
+        except InputError as error:
+            say(f"passed over: {error}")
+            continue
+        if checkpoint["task"] == task:
+            return path, checkpoint
+    raise InputError(f'from_checkpoint "latest": no valid {task} checkpoint in {folder}')
+
+
+class ModelStandIn:
+    """Takes the place of the reference project's pickled `model.ModelConfig`; it only holds values."""
+
+
+class TrainStandIn:
+    """Takes the place of the reference project's pickled `model.TrainConfig`."""
+
+
+def stand_ins():
+    return [(ModelStandIn, "model.ModelConfig"), (TrainStandIn, "model.TrainConfig")]
+
+
+def from_reference(old, path):
+    """A checkpoint of the reference project (bd4sur/Nano) as one of ours, without its optimizer state.
+
+    Its final norm is a LayerNorm without bias; its vocabulary may hold words of several characters."""
+    try:
+        values = vars(old["model_config"])
+        known = {name: values[name] for name in ModelConfig.__dataclass_fields__ if name in values}
+        config = {**known, "final_norm": "layernorm", "vocab_size": len(old["model"]["lm_head.weight"])}
+        return {
+            "format": FORMAT, "model": old["model"], "optimizer": None, "step": old["step_count"],
+            "task": "reference", "model_config": config, "train_config": {},
+            "tokenizer_config": old["tokenizer_config"], "best_val_loss": float("inf"),
+            "dataloader": None, "rng": None, "scaler": None,
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: an older checkpoint, but without {error}") from None
+
+
+def build_model(checkpoint, path="checkpoint", dropout=None):
+    """The GPT (in evaluation mode) and the Tokenizer of a checkpoint. `dropout` goes over the stored one."""
+    values = dict(checkpoint["model_config"])
+    if dropout is not None:
+        values["dropout"] = dropout
+    model = GPT(from_dict(ModelConfig, values, f"{path}: model_config"))
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except (RuntimeError, AttributeError, TypeError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise InputError(f"{path}: weights do not fit its model_config ({reason})") from None
+    return model.eval(), Tokenizer.from_dict(checkpoint["tokenizer_config"])
+
+
+def main():
+    checkpoint = load(ARGS.checkpoint)
+    print(f"{ARGS.checkpoint}: {checkpoint['task']}, step {checkpoint['step']}, "
+          f"best validation loss {checkpoint['best_val_loss']:.4f}")
+    for section in ("model_config", "train_config"):
+        print(f"{section}: " + ", ".join(f"{key} {value}" for key, value in checkpoint[section].items()))
+    print(f"{build_model(checkpoint)[0].n_params():,} parameters")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,174 @@
+"""Batches from prepared files, in an order that depends on the seed alone.
+
+The order is global: micro-batch number n holds the same rows whatever the number of processes, and process
+`rank` of `world_size` reads the numbers n with n % world_size == rank. All that must be remembered to
+continue exactly is how many rows have been read.
+
+Letters: B rows in a batch, T tokens in a row.
+"""
+
+import numpy as np
+
+from config import InputError
+
+IGNORE = -1  # a target that carries no loss
+
+
+def open_array(path, ndim=None):
+    """Memory-map a prepared .npy file: text has one axis, instruction rows have two. Raises InputError
+    naming it; a pickle inside is never run."""
+    try:
+        data = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; run python data.py first") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not a prepared .npy file ({error}); run python data.py") from None
+    is_ours = isinstance(data, np.ndarray) and data.dtype in (np.uint16, np.uint32)
+    if not is_ours or data.ndim != (ndim or data.ndim):
+        raise InputError(f"{path}: not what data.py writes for this task (-t); run python data.py")
+    return data
+
+
+class TextBlocks:
+    """Windows of `block_size` + 1 tokens over one file of running text, shape (tokens,)."""
+
+    def __init__(self, path, block_size):
+        self.path, self.block_size, self.tokens = path, block_size, open_array(path, 1)
+        if len(self.tokens) <= block_size:
+            raise InputError(f"{path}: {len(self.tokens)} tokens are fewer than block_size + 1 = "
+                             f"{block_size + 1}; take more text or a smaller block_size")
+        # One row fewer than would fit, so that each epoch can cut the text at other places.
+        self.n_rows = max(1, (len(self.tokens) - block_size) // block_size)
+
+    def epoch_order(self, rng, batch_size):
+        """Start positions of an epoch's rows: every window once, cut from a random offset, shuffled."""
+        slack = len(self.tokens) - 1 - self.n_rows * self.block_size
+        offset = rng.integers(0, min(slack, self.block_size - 1) + 1)
+        return offset + self.block_size * rng.permutation(self.n_rows)
+
+    def fixed_rows(self, n):
+        """Up to `n` start positions, evenly spread, for validation."""
+        return self.block_size * spread(self.n_rows, n)
+
+    def batch(self, rows):
+        """Inputs and targets, two int64 arrays (B, T = block_size)."""
+        windows = np.stack([self.tokens[i : i + self.block_size + 1] for i in rows]).astype(np.int64)
+        return windows[:, :-1], windows[:, 1:]
+
+
+class InstructionRows:
+    """Rows of instruction data, shape (tokens, 2): ids and loss mask, each row ended by one padding id."""
+
+    POOL = 50  # batches sorted by length together: enough to waste little, few enough to stay random
+
+    def __init__(self, path, block_size):
+        self.path, self.data = path, open_array(path, 2)
+        self.ends = np.flatnonzero(self.data[:, 0] == 0)  # <|Padding|> is id 0
+        self.starts = np.concatenate([[0], self.ends[:-1] + 1])
+        self.lengths = self.ends - self.starts
+        self.n_rows = len(self.ends)
+        if not self.n_rows:
+            raise InputError(f"{path}: holds no rows; run python data.py")
+        if self.lengths.max() > block_size + 1:
+            raise InputError(f"{path}: a row of {self.lengths.max()} tokens does not fit into block_size "
+                             f"{block_size}; run python data.py --block_size {block_size}")
+
+    def epoch_order(self, rng, batch_size):
+        """A random order in which the rows of a batch are of similar length, so that little is padded."""
+        rows = rng.permutation(self.n_rows)
+        n_batches = len(rows) // batch_size
+        pool = self.POOL * batch_size
+        rows = np.concatenate([part[np.argsort(self.lengths[part], kind="stable")]
+                               for part in np.split(rows, range(pool, len(rows), pool))])
+        batches = rows[: n_batches * batch_size].reshape(n_batches, batch_size)
+        return batches[rng.permutation(n_batches)].reshape(-1)
+
+    def fixed_rows(self, n):
+        """Up to `n` rows, evenly spread, short ones first."""
+        rows = spread(self.n_rows, n)
+        return rows[np.argsort(self.lengths[rows], kind="stable")]
+
+    def batch(self, rows):
+        """Inputs and targets, two int64 arrays (B, T), T the longest row; IGNORE where there is no loss."""
+        longest = self.lengths[rows].max()
+        x = np.zeros((len(rows), longest - 1), np.int64)
+        y = np.full((len(rows), longest - 1), IGNORE, np.int64)
+        for i, row in enumerate(rows):
+            ids, mask = np.asarray(self.data[self.starts[row] : self.ends[row]], np.int64).T
+            x[i, : len(ids) - 1] = ids[:-1]
+            y[i, : len(ids) - 1] = np.where(mask[1:] == 1, ids[1:], IGNORE)
+        return x, y
+
+
+def spread(n_rows, n):
+    """`n` of the numbers below `n_rows`, evenly spread (all of them if there are fewer)."""
+    return np.linspace(0, n_rows - 1, min(n, n_rows)).round().astype(np.int64)
+
+
+class DataLoader:
+    """Micro-batches of one or more files, walked in order in every epoch (a curriculum)."""
+
+    def __init__(self, paths, task, block_size, batch_size, seed=0, rank=0, world_size=1, vocab_size=None):
+        kind = InstructionRows if task == "sft" else TextBlocks
+        self.sources = [kind(path, block_size) for path in paths]
+        self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
+        self.vocab_size = vocab_size
+        self.batches = [source.n_rows // batch_size for source in self.sources]  # in an epoch, by file
+        self.position = 0  # micro-batches read so far, by all processes together
+        self.orders = {}  # (epoch, file) → rows, for the epoch under way
+
+    @property
+    def batches_per_epoch(self):
+        return sum(self.batches)
+
+    @property
+    def epoch(self):
+        """Epochs done so far, with their fraction."""
+        return self.position / max(1, self.batches_per_epoch)
+
+    def next_batch(self):
+        """This process's next micro-batch: inputs and targets, two int64 arrays (B, T)."""
+        for source, n in zip(self.sources, self.batches, strict=True):
+            if n == 0:
+                raise InputError(f"{source.path}: {source.n_rows} rows are fewer than batch_size "
+                                 f"{self.batch_size}; lower batch_size")
+        epoch, i = divmod(self.position + self.rank, self.batches_per_epoch)
+        self.position += self.world_size
+        file = 0
+        while i >= self.batches[file]:
+            i -= self.batches[file]
+            file += 1
+        if (epoch, file) not in self.orders:
+            rng = np.random.default_rng([self.seed, epoch, file])
+            order = self.sources[file].epoch_order(rng, self.batch_size)
+            self.orders = {key: rows for key, rows in self.orders.items() if key[0] == epoch}
+            self.orders[epoch, file] = order
+        rows = self.orders[epoch, file][i * self.batch_size : (i + 1) * self.batch_size]
+        return self.checked(self.sources[file], rows)
+
+    def fixed_batches(self, n):
+        """About `n` batches, the same at every call, evenly spread over all files; this process's share.
+
+        Every process gets as many: where the number does not divide, the last ones carry no loss."""
+        share = -(-n // len(self.sources)) * self.batch_size
+        batches = [(source, rows[i : i + self.batch_size]) for source in self.sources
+                   for rows in [source.fixed_rows(share)] for i in range(0, len(rows), self.batch_size)]
+        for i in range(self.rank, -(-len(batches) // self.world_size) * self.world_size, self.world_size):
+            x, y = self.checked(*batches[min(i, len(batches) - 1)])
+            yield x, y if i < len(batches) else np.full_like(y, IGNORE)
+
+    def checked(self, source, rows):
+        x, y = source.batch(rows)
+        largest = max(x.max(), y.max())
+        if self.vocab_size and largest >= self.vocab_size:
+            raise InputError(f"{source.path}: holds token id {largest}, beyond the model's vocabulary of "
+                             f"{self.vocab_size}; prepare it with data.py --tokenizer")
+        return x, y
+
+    def state_dict(self):
+        return {"rows": self.position * self.batch_size}
+
+    def load_state_dict(self, state):
+        self.position = state["rows"] // self.batch_size

@@ -1,0 +1,115 @@
+"""Talk to a trained model, or let it continue a text.
+
+    python inference.py -i -m checkpoint/sft_best.pt                     a conversation; /reset starts over
+    python inference.py -i -m checkpoint/sft_best.pt -p "你是谁"          one answer, then exit
+    python inference.py -m checkpoint/pretrain_best.pt -p "无线电"        continue a text
+    python inference.py -i -m checkpoint/sft_best.pt -t 0 -r 1           always the likeliest token
+
+End of input (Ctrl-D) or Ctrl-C leaves.
+"""
+
+import sys
+
+from config import InputError, Parser, run
+
+
+def command_line():
+    cli = Parser(__doc__)
+    cli.add_argument("-m", "--model", required=True, metavar="FILE", help="checkpoint")
+    cli.add_argument("-i", "--instruct", action="store_true",
+                     help="put the input into the instruction template")
+    cli.add_argument("-l", "--max_length", type=int, metavar="N",
+                     help="longest sequence, prompt included (default: the model's context length)")
+    cli.add_argument("-t", "--temperature", type=float, default=1.0,
+                     help="higher is more random, 0 takes the likeliest token (default 1.0)")
+    cli.add_argument("-k", "--top_k", type=int, default=5,
+                     help="draw from the k likeliest; 0: all (default 5)")
+    cli.add_argument("-r", "--repetition_penalty", type=float, default=1.2,
+                     help="above 1 makes tokens that were there before less likely (default 1.2)")
+    cli.add_argument("-p", "--prompt", help="answer this and exit")
+    cli.add_argument("--top_p", type=float, default=1.0,
+                     help="draw from the likeliest tokens that make up this probability (default 1.0)")
+    cli.add_argument("--seed", type=int, help="seed of the draws (default: another one each time)")
+    cli.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default auto)")
+    return cli.parse_args()
+
+
+if __name__ == "__main__":
+    command_line()  # before torch is imported, so that --help and mistakes answer at once
+
+import torch
+
+import checkpoint as ckpt
+from device import pick_device
+from generate import check_sampling, generate
+from tokenizer import encode_prompt
+
+
+def fit_prompt(ids, room, keep_first):
+    """The end of `ids` that fits into `room` tokens; under the template the first mark stays in front."""
+    if len(ids) <= room:
+        return ids
+    print(f"(the prompt has {len(ids)} tokens; its last {room} are used)", file=sys.stderr)
+    return ids[:keep_first] + ids[len(ids) - room + keep_first:]
+
+
+def answer(model, tokenizer, ids, args, generator):
+    """Print the continuation of the prompt `ids` (a list) as it is generated; return its text."""
+    length = args.max_length or model.config.block_size
+    # At least a quarter of the context is left for the answer.
+    room = min(length - 1, model.config.block_size - model.config.block_size // 4)
+    ids = fit_prompt(ids, max(1, room), keep_first=1 if args.instruct else 0)
+    text = ""
+    idx = torch.tensor([ids], device=model.device)
+    for token in generate(model, idx, length - len(ids), args.temperature, args.top_k, args.top_p,
+                          args.repetition_penalty, (tokenizer.eos_id,), generator):
+        if int(token) == tokenizer.eos_id:
+            break
+        piece = tokenizer.decode([int(token)])
+        print(piece, end="", flush=True)
+        text += piece
+    print()
+    return text
+
+
+def prompt_ids(tokenizer, turns, text, instruct):
+    """The ids that the model reads: the conversation so far and `text`, or `text` alone."""
+    if instruct:
+        return [int(i) for i in encode_prompt(tokenizer, turns, text)]
+    return [int(i) for i in tokenizer.encode(text)] or [tokenizer.bos_id]
+
+
+def main():
+    args = command_line()
+    check_sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty)
+    if args.max_length is not None and args.max_length < 2:
+        raise InputError(f"max_length is {args.max_length}, but must be at least 2")
+    device = pick_device(args.device)
+    model, tokenizer = ckpt.build_model(ckpt.load(args.model), args.model)
+    model.to(device)
+    generator = torch.Generator(device)
+    generator.manual_seed(args.seed) if args.seed is not None else generator.seed()
+
+    if args.prompt is not None:
+        answer(model, tokenizer, prompt_ids(tokenizer, [], args.prompt, args.instruct), args, generator)
+        return
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  (history and line editing for input())
+        print("/reset starts over, Ctrl-D leaves" if args.instruct else "Ctrl-D leaves", file=sys.stderr)
+    turns = []
+    while True:
+        try:
+            text = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if text == "/reset":
+            turns = []
+        elif text:
+            ids = prompt_ids(tokenizer, turns, text, args.instruct)
+            reply = answer(model, tokenizer, ids, args, generator)
+            if args.instruct:
+                turns.append((text, reply))
+
+
+if __name__ == "__main__":
+    run(main)

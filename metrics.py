@@ -1,0 +1,76 @@
+"""The training log: one line a step, fields parted by " | ". This file both writes and parses it.
+
+    Epoch: 0.12 | Step: 10 | Loss: 2.345 | LR: 0.0006 | 85.1 ms/step | 48129 tokens/s | 101.2 GFLOP/s | …
+    Step: 100 | Val_loss: 2.1 | Best_val_loss: 2.1 | …
+"""
+
+import os
+import time
+
+from config import InputError
+
+
+def train_line(epoch, step, loss, lr, seconds, tokens_per_second, flops_per_second, tokens, elapsed):
+    """A training line. seconds: of one step; tokens: read so far; elapsed: seconds since the start."""
+    return (f"Epoch: {epoch:.3f} | Step: {step} | Loss: {loss:.6f} | LR: {lr:.4e}"
+            f" | {seconds * 1e3:.1f} ms/step | {tokens_per_second:.0f} tokens/s"
+            f" | {flops_per_second / 1e9:.1f} GFLOP/s | Tokens: {tokens} | Time: {elapsed:.1f} s")
+
+
+def val_line(step, val_loss, best_val_loss, tokens, elapsed):
+    return (f"Step: {step} | Val_loss: {val_loss:.6f} | Best_val_loss: {best_val_loss:.6f}"
+            f" | Tokens: {tokens} | Time: {elapsed:.1f} s")
+
+
+class Log:
+    """A new file `train_<date>_<time>.log` in `folder`; each line is handed to the system at once.
+
+    `stamp` is "<date>_<time>", which no other run in the folder has. Not `enabled`: nothing is written."""
+
+    def __init__(self, folder, enabled=True):
+        self.enabled, self.stamp, self.name, self.file = enabled, None, None, None
+        while enabled and self.file is None:
+            self.stamp = time.strftime("%Y%m%d_%H%M%S")
+            self.name = f"train_{self.stamp}.log"
+            try:
+                self.file = open(os.path.join(folder, self.name), "x", encoding="utf-8", buffering=1)
+            except FileExistsError:  # two runs in one second: the later one waits for the next
+                time.sleep(0.2)
+            except OSError as error:
+                raise InputError(f"{folder}: cannot write the training log ({error.strerror})") from None
+
+    def write(self, line):
+        if self.enabled:
+            self.file.write(line + "\n")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        if self.enabled:
+            self.file.close()
+
+
+def parse_line(line):
+    """The fields of one line as a dict of numbers, keys lower case; None for any other line."""
+    fields = {}
+    for part in line.rstrip("\n").split(" | "):
+        name, colon, value = part.partition(": ")
+        if not colon:
+            value, _, name = part.partition(" ")
+        try:
+            fields[name.strip().lower()] = float(value.split(" ")[0])
+        except (ValueError, IndexError):
+            return None
+    return fields if "step" in fields and ("loss" in fields or "val_loss" in fields) else None
+
+
+def parse_log(path):
+    """Read a log: two lists of dicts, training lines and validation lines. Other lines are passed over."""
+    train, val = [], []
+    with open(path, encoding="utf-8", errors="replace") as f:
+        for line in f:
+            fields = parse_line(line)
+            if fields:
+                (val if "val_loss" in fields else train).append(fields)
+    return train, val
