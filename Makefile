@@ -28,7 +28,7 @@ demo: $(VENV)/installed
 	$(PY) train.py -t pretrain
 	$(PY) train.py -t sft
 	$(PY) plot_loss.py -n $$(ls train_*.log | tail -n 2) -o checkpoint/demo_loss.png
-	@for q in 你是谁 字母Q怎么拼读 QTH是什么意思 20米波段的频率范围是多少 "What does 73 mean?"; do \
+	@for q in 你是谁 字母Q怎么拼读 QTH是什么意思 20米波段的频率范围是多少 "How do you say the letter Q on the radio?"; do \
 		echo "> $$q"; $(ASK) -p "$$q"; done
 	$(PY) evaluate.py -m checkpoint/sft_best.pt --qa dataset/sample_heldout.jsonl
 	@echo "demo: $$(( $$(date +%s) - $$(cat checkpoint/.demo_start) )) s in all;" \

@@ -1,6 +1,7 @@
 """Checkpoints: one .pt file that holds a plain dict (strings, numbers, lists, tensors) and nothing that runs.
 
-    python checkpoint.py checkpoint/sft_best.pt        what is in the file
+    python checkpoint.py checkpoint/sft_best.pt                    what is in the file
+    python checkpoint.py checkpoint/ds checkpoint/ckpt_ds.pt       a DeepSpeed checkpoint as one such file
 
 A file is written beside its final name, synced and renamed, so that a reader finds the old one or the new
 one and never a half. It is read with weights_only=True, after its checksums have been compared.
@@ -16,7 +17,8 @@ from config import ROOT, InputError, ModelConfig, Parser, from_dict, run
 
 if __name__ == "__main__":
     cli = Parser(__doc__)
-    cli.add_argument("checkpoint", help="a .pt file")
+    cli.add_argument("checkpoint", help="a .pt file, or the folder of a DeepSpeed checkpoint")
+    cli.add_argument("output", nargs="?", metavar="OUTPUT.pt", help="write it there as one file")
     ARGS = cli.parse_args()  # before torch is imported, so that --help and mistakes answer at once
 
 import torch
@@ -81,7 +83,7 @@ def load(path):
     """The checkpoint dict in `path`, on the CPU. Raises InputError for whatever is wrong with it."""
     path = find(path)
     if os.path.isdir(path):
-        raise InputError(f"{path}: is a folder, not a checkpoint file")
+        return from_deepspeed(path)
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch itself does not compare the checksums
@@ -155,6 +157,91 @@ def from_reference(old, path):
         raise InputError(f"{path}: an older checkpoint, but without {error}") from None
 
 
+@contextlib.contextmanager
+def deepspeed_weights_only():
+    """In this context DeepSpeed too reads its files with weights_only=True, though it asks for the contrary.
+
+    Beside tensors and plain values they hold only objects of the four classes named here."""
+    try:
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+    except ImportError:
+        raise InputError("a DeepSpeed checkpoint needs DeepSpeed: pip install deepspeed") from None
+    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # goes over torch.load's argument
+    try:
+        with torch.serialization.safe_globals(
+                [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    finally:
+        del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
+        if before is not None:
+            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
+
+
+def find_deepspeed(path):
+    """The folder with the files of all processes that `path` (checkpoint/ds, or such a folder) stands for."""
+    if glob.glob(os.path.join(glob.escape(path), "*_model_states.pt")):
+        return os.path.realpath(path)
+    try:
+        with open(os.path.join(path, "latest"), encoding="utf-8") as f:
+            folder = os.path.join(path, f.read().strip())
+    except OSError:
+        raise InputError(f"{path}: no DeepSpeed checkpoint, for the file `latest` is missing") from None
+    if not glob.glob(os.path.join(glob.escape(folder), "*_model_states.pt")):
+        raise InputError(f"{path}: `latest` names {os.path.basename(folder)}, which holds no checkpoint")
+    return folder
+
+
+def read_deepspeed(folder):
+    """What train_deepspeed.py has put beside the weights: our dict without them, and the ZeRO stage."""
+    path = sorted(glob.glob(os.path.join(glob.escape(folder), "*_model_states.pt")))[0]
+    try:
+        with deepspeed_weights_only():
+            states = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return states["nano"], states["zero_stage"], states["module"]
+    except KeyError:
+        raise InputError(f"{path}: not written by train_deepspeed.py") from None
+    except InputError:
+        raise
+    except Exception as error:  # whatever a damaged or hostile file makes the reader raise
+        raise InputError(f"{path}: cannot be loaded safely ({str(error).splitlines()[0][:80]})") from None
+
+
+def from_deepspeed(path):
+    """A DeepSpeed checkpoint folder as one of our checkpoints: float32, without the optimizer's state.
+
+    Takes what zero_to_fp32.py wrote into checkpoint/ds as well: weights alone, the rest is found beside."""
+    converted = os.path.join(path, "pytorch_model.bin")
+    if os.path.exists(converted):
+        nano, _, _ = read_deepspeed(find_deepspeed(os.path.dirname(os.path.abspath(path))))
+        weights = torch.load(converted, map_location="cpu", weights_only=True)
+    else:
+        folder = find_deepspeed(path)
+        nano, _, weights = read_deepspeed(folder)
+        if glob.glob(os.path.join(glob.escape(folder), "*_optim_states.pt")):  # ZeRO split the weights
+            weights = zero_to_fp32(folder)
+    weights = {name: weight.float().clone() for name, weight in weights.items()}
+    weights["lm_head.weight"] = weights["transformer.wte.weight"]  # tied: one tensor, written once
+    checkpoint = {**nano, "model": weights, "optimizer": None, "scaler": None}
+    if checkpoint.get("format") != FORMAT or set(checkpoint) != set(KEYS):
+        raise InputError(f"{path}: not a checkpoint of this program")
+    return checkpoint
+
+
+def zero_to_fp32(folder):
+    """The weights that the ZeRO files in `folder` make up, by DeepSpeed's own zero_to_fp32."""
+    with deepspeed_weights_only(), open(os.devnull, "w") as quiet, \
+            contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+        try:
+            return get_fp32_state_dict_from_zero_checkpoint(*os.path.split(folder))
+        except Exception as error:  # a file is missing, damaged or hostile: DeepSpeed raises what it meets
+            reason = str(error).splitlines()[0][:120]
+            raise InputError(f"{folder}: cannot be put together ({reason})") from None
+
+
 def build_model(checkpoint, path="checkpoint", dropout=None):
     """The GPT (in evaluation mode) and the Tokenizer of a checkpoint. `dropout` goes over the stored one."""
     values = dict(checkpoint["model_config"])
@@ -171,6 +258,8 @@ def build_model(checkpoint, path="checkpoint", dropout=None):
 
 def main():
     checkpoint = load(ARGS.checkpoint)
+    if ARGS.output:
+        save(ARGS.output, checkpoint)
     print(f"{ARGS.checkpoint}: {checkpoint['task']}, step {checkpoint['step']}, "
           f"best validation loss {checkpoint['best_val_loss']:.4f}")
     for section in ("model_config", "train_config"):

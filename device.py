@@ -3,7 +3,6 @@
 Nothing local is imported. What a machine lacks is replaced by what it has, with one printed line.
 """
 
-import functools
 import time
 
 import torch
@@ -39,25 +38,38 @@ def pick_device(name, local_rank=0):
     return device
 
 
-def matmul_flops(device, dtype, size=1024, seconds=0.2):
-    """FLOP/s of a `size`² matrix product: the best of repeats within about `seconds`."""
+def matmul_flops(device, dtype, size=1024, repeats=5):
+    """FLOP/s of a `size`² matrix product: the best of some repeats, after one that only warms up."""
     a = torch.randn(size, size, device=device).to(dtype)
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end or best == float("inf"):
+    times = []
+    for _ in range(1 + repeats):
         start = time.perf_counter()
         (a @ a).flatten()[0].item()  # .item() waits for the device
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times[1:])
 
 
-@functools.cache
+FAST_BFLOAT16 = {}  # answers of has_fast_bfloat16; the processes of one run take those of the first
+
+
 def has_fast_bfloat16(device_type):
     """Is bfloat16 faster than float32 there? Measured on a CPU: those without it are 100 times slower."""
+    if device_type not in FAST_BFLOAT16:
+        FAST_BFLOAT16[device_type] = find_fast_bfloat16(device_type)
+    return FAST_BFLOAT16[device_type]
+
+
+def find_fast_bfloat16(device_type):
     if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device_type == "mps":
         return False
-    return matmul_flops("cpu", torch.bfloat16, 192, 0.02) > matmul_flops("cpu", torch.float32, 192, 0.02)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on a busy machine several threads wait for one another, and times tell nothing
+    try:
+        return matmul_flops("cpu", torch.bfloat16, 192) > matmul_flops("cpu", torch.float32, 192)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def pick_dtype(name, device, say=print):

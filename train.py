@@ -20,12 +20,16 @@ import time
 from config import ROOT, InputError, ModelConfig, Parser, TrainConfig, load_config, run, to_dict
 
 
-def command_line(doc):
-    """Parse the flags of a training script; before torch is imported, so that --help answers at once."""
+def command_line(doc, add_flags=None):
+    """Parse the flags of a training script; before torch is imported, so that --help answers at once.
+
+    add_flags: called with the Parser, for flags that one script alone has."""
     cli = Parser(doc)
     cli.add_argument("-t", "--task", choices=("pretrain", "sft"), default="pretrain")
     cli.add_argument("--model_config", default=os.path.join(ROOT, "model_config.json"), metavar="FILE")
     cli.add_argument("--train_config", metavar="FILE", help="default: config_<task>.json")
+    if add_flags:
+        add_flags(cli)
     cli.add_config(TrainConfig).add_config(ModelConfig)
     args = cli.parse_args()
     args.train_config = args.train_config or os.path.join(ROOT, f"config_{args.task}.json")
@@ -58,6 +62,7 @@ class SingleProcess:
     """How one process trains. DDP and DeepSpeed differ from it in these verbs and facts alone."""
 
     rank, local_rank, world_size, is_main = 0, 0, 1, True
+    saved_as = "checkpoint/{}.pt"
 
     def setup(self, config: TrainConfig):
         self.config = config
@@ -87,7 +92,12 @@ class SingleProcess:
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 
-    def backward(self, loss, last_micro_step):
+    def micro_step(self, last):
+        """A context for the forward and backward pass of one micro-step; before the `last` one of a step,
+        processes need not exchange gradients."""
+        return contextlib.nullcontext()
+
+    def backward(self, loss):
         self.scaler.scale(loss).backward()
 
     def step(self, lr):
@@ -107,7 +117,7 @@ class SingleProcess:
         return norm if math.isfinite(norm) or not self.scaler.is_enabled() else 0.0
 
     def sum_over_ranks(self, *values):
-        """The sums of some numbers over all processes."""
+        """The sums of some numbers over all processes; of true and false, whether one is true."""
         return values
 
     def state(self):
@@ -117,6 +127,9 @@ class SingleProcess:
 
     def load(self, state):
         """Undo `state`, but for the model's weights, which are there before it is wrapped."""
+        if state["optimizer"] is None:
+            raise InputError(f"{self.config.from_checkpoint}: was written by DeepSpeed, and the state of its "
+                             "optimizer can be continued by train_deepspeed.py alone")
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         if len(state["rng"]) == self.world_size:
@@ -124,9 +137,11 @@ class SingleProcess:
         else:  # another number of processes: dropout cannot go on as it was
             torch.manual_seed(self.config.random_seed + 1000 * self.rank + 1)
 
-    def save(self, path, checkpoint):
-        """Write the loop's part of a checkpoint and this `state` to `path`."""
+    def save(self, path, checkpoint, fixed_name=None):
+        """Write the loop's part of a checkpoint and this `state` to `path`, and let `fixed_name` mean it."""
         ckpt.save(path, {**checkpoint, **self.state()})
+        if fixed_name:
+            ckpt.alias(path, fixed_name)
 
     def close(self):
         pass
@@ -194,9 +209,8 @@ def fit(model, tokenizer, loader, val_loader, config, strategy, task, start=None
         strategy.save(path, {
             "format": ckpt.FORMAT, "task": task, "step": step, "best_val_loss": best_val_loss,
             "model_config": to_dict(raw_model.config), "train_config": to_dict(config),
-            "tokenizer_config": tokenizer.to_dict(), "dataloader": {**loader.state_dict(), "tokens": tokens}})
-        if fixed_name and strategy.is_main:
-            ckpt.alias(path, f"{task}_{fixed_name}.pt")
+            "tokenizer_config": tokenizer.to_dict(), "dataloader": {**loader.state_dict(), "tokens": tokens},
+        }, f"{task}_{fixed_name}.pt" if fixed_name else None)
 
     model.train()
     began = clock = time.perf_counter()
@@ -233,8 +247,9 @@ def fit(model, tokenizer, loader, val_loader, config, strategy, task, start=None
             for i, ((x, y), n) in enumerate(zip(batches, counts, strict=True)):
                 # The mean over the tokens of all micro-batches and processes, whose gradients are averaged.
                 share = n * strategy.world_size / max(1, n_counted)
-                micro_loss = share * batch_loss(model, strategy, config, tokenizer, x, y)
-                strategy.backward(micro_loss, last_micro_step=i == accumulation - 1)
+                with strategy.micro_step(last=i == accumulation - 1):
+                    micro_loss = share * batch_loss(model, strategy, config, tokenizer, x, y)
+                    strategy.backward(micro_loss)
                 loss += micro_loss.detach()
             norm = strategy.step(lr)
             (loss,) = strategy.sum_over_ranks(float(loss) / strategy.world_size)
@@ -328,14 +343,20 @@ def train(args, strategy):
                  f"{loader.batches_per_epoch / config.gradient_accumulation_steps:.1f} steps an epoch")
     result = fit(model, tokenizer, loader, val_loader, config, strategy, args.task, start if resume else None)
     strategy.say(f"{result['step']} steps in {result['seconds']:.0f} s, best validation loss "
-                 f"{result['best_val_loss']:.4f}; checkpoint/{args.task}_best.pt, "
-                 f"checkpoint/{args.task}_last.pt, {result['log']}")
+                 f"{result['best_val_loss']:.4f}; {strategy.saved_as.format(args.task + '_best')}, "
+                 f"{strategy.saved_as.format(args.task + '_last')}, {result['log']}")
     return result
 
 
-def main():
-    result = train(command_line(__doc__), SingleProcess())
+def train_and_close(args, strategy):
+    """Train, and take leave of the other processes. Returns the exit status."""
+    result = train(args, strategy)
+    strategy.close()  # here, where the loop's hold on the model has ended
     return 128 + result["signal"] if result["signal"] else 0
+
+
+def main():
+    return train_and_close(command_line(__doc__), SingleProcess())
 
 
 if __name__ == "__main__":

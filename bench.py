@@ -1,0 +1,249 @@
+"""Timings of training, generation, attention kernels and data preparation on this machine.
+
+    python bench.py train                    tokens/s and TFLOPS of each way to train, beside plain float32
+    python bench.py train --n_layer 2 --n_embd 512 --n_head 4 --block_size 512 --batch_size 100
+    python bench.py generate                 tokens/s with and without the KV cache, one sequence and 32
+    python bench.py sdpa                     the attention kernels, relative time and memory
+    python bench.py data --megabytes 500     encoding, decoding, data.py from file to file, its peak memory
+
+The ways are timed in turns, several times; the table shows medians. Machines are shared, so compare ratios
+within one run. The last line on standard output is one JSON object.
+"""
+
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+from config import ROOT, InputError, ModelConfig, Parser, TrainConfig, run
+
+SMALL = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 65}
+
+
+def command_line():
+    cli = Parser(__doc__)
+    cli.add_argument("what", choices=("train", "generate", "sdpa", "data"))
+    cli.add_argument("--batch_size", type=int, default=16)
+    cli.add_argument("--repeats", type=int, default=3, help="turns (default 3)")
+    cli.add_argument("--seconds", type=float, default=4.0, help="least time a turn of one way (default 4)")
+    cli.add_argument("--megabytes", type=int, default=200, help="size of the text for `data` (default 200)")
+    cli.add_argument("--device", default="auto")
+    cli.add_config(ModelConfig, defaults=SMALL)
+    args = cli.parse_args()
+    if min(args.batch_size, args.repeats, args.megabytes) < 1 or not args.seconds > 0:
+        raise InputError("--batch_size, --repeats, --megabytes and --seconds must be above 0")
+    args.model = ModelConfig(**{**SMALL, **cli.overrides(args, ModelConfig)}).validate()
+    return args
+
+
+if __name__ == "__main__":
+    run_args = command_line()  # before torch is imported, so that --help and mistakes answer at once
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from device import matmul_flops, pick_device, pick_dtype
+from generate import generate
+from model import GPT
+from optimizer import build_optimizer
+from tokenizer import Tokenizer
+
+
+def rate(work, seconds, device):
+    """Units a second of `work()`, which returns the number of units it did; called for at least `seconds`."""
+    done, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        done += work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    return done / (time.perf_counter() - start)
+
+
+def in_turns(ways, args, device):
+    """Median rate of each of the `ways` {name: work}, warmed up, timed one after another `repeats` times."""
+    for work in ways.values():
+        work()
+    turns = [{name: rate(work, args.seconds, device) for name, work in ways.items()}
+             for _ in range(args.repeats)]
+    return {name: statistics.median(turn[name] for turn in turns) for name in ways}
+
+
+def table(rows, columns):
+    print("".join(f"{c:>16}" if i else f"{c:34}" for i, c in enumerate(columns)))
+    for row in rows:
+        print("".join(f"{c:>16}" if i else f"{c:34}" for i, c in enumerate(row)))
+
+
+def training_step(args, device, dtype, optimizer="adamw", compile=False):
+    """A function that takes one training step on random tokens and returns how many it read."""
+    torch.manual_seed(0)
+    model = GPT(args.model).to(device)
+    if compile:
+        model.compile()
+    optimizers = build_optimizer(model, TrainConfig(optimizer=optimizer))
+    tokens = torch.randint(args.model.vocab_size, (args.batch_size, args.model.block_size + 1), device=device)
+
+    def step():
+        with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
+            loss = model(tokens[:, :-1], tokens[:, 1:])[1]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizers.step()
+        optimizers.zero_grad()
+        return args.batch_size * args.model.block_size
+    return step
+
+
+def bench_train(args, device):
+    best = pick_dtype("bfloat16", device)
+    ways = {"float32, AdamW": training_step(args, device, torch.float32),
+            "float32, Muon": training_step(args, device, torch.float32, "muon"),
+            "float32, AdamW, compiled": training_step(args, device, torch.float32, compile=True)}
+    if best is not torch.float32:
+        ways |= {"bfloat16, AdamW": training_step(args, device, best),
+                 "bfloat16, Muon": training_step(args, device, best, "muon"),
+                 "bfloat16, AdamW, compiled": training_step(args, device, best, compile=True)}
+    rates = in_turns(ways, args, device)
+    flops = GPT(args.model).flops_per_token()
+    peak = {dtype: matmul_flops(device, dtype) for dtype in {torch.float32, best}}
+    base = rates["float32, AdamW"]
+    rows = [(name, f"{r:,.0f}", f"{r * flops / 1e12:.3f}", f"{r / base:.2f}",
+             f"{r * flops / peak[torch.float32 if 'float32' in name else best]:.0%}")
+            for name, r in rates.items()]
+    table(rows, ("way to train", "tokens/s", "TFLOPS", "against first", "of matmul rate"))
+    return {"parameters": GPT(args.model).n_params(), "tokens_per_second": rates,
+            "tflops": {name: r * flops / 1e12 for name, r in rates.items()},
+            "matmul_tflops": {str(dtype): p / 1e12 for dtype, p in peak.items()}}
+
+
+def bench_generate(args, device):
+    model = GPT(args.model).to(device).eval()
+    length = args.model.block_size
+    prompt = torch.randint(args.model.vocab_size, (32, 8), device=device)
+
+    @torch.inference_mode()
+    def uncached():
+        idx, n = prompt[:1], min(64, length - 8)
+        for _ in range(n):
+            idx = torch.cat([idx, model(idx, last_only=True)[0].argmax(-1)], dim=1)
+        return n
+
+    def cached(rows):
+        return sum(len(token) for token in generate(model, prompt[:rows], length - 8, temperature=0))
+
+    @torch.inference_mode()
+    def prefill():
+        return model(prompt[:1].repeat(1, length // 8), last_only=True)[0].size(0) * (length // 8 * 8)
+
+    ways = {"no cache, 1 sequence": uncached, "KV cache, 1 sequence": lambda: cached(1),
+            "KV cache, 32 sequences": lambda: cached(32), "prefill": prefill}
+    rates = in_turns(ways, args, device)
+    base = rates["no cache, 1 sequence"]
+    table([(name, f"{r:,.0f}", f"{r / base:.1f}") for name, r in rates.items()],
+          ("way to generate", "tokens/s", "against first"))
+    return {"parameters": model.n_params(), "tokens_per_second": rates}
+
+
+def bench_sdpa(args, device):
+    """Forward and backward of scaled_dot_product_attention alone, in the type that training would take."""
+    c, dtype = args.model, pick_dtype("bfloat16", device)
+    shape = (args.batch_size, c.n_head, c.block_size, c.n_embd // c.n_head)
+    q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+
+    def attention(backend):
+        def work():
+            with sdpa_kernel(backend):
+                F.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
+            return 1
+        return work
+
+    backends = {"flash": SDPBackend.FLASH_ATTENTION, "mem_efficient": SDPBackend.EFFICIENT_ATTENTION,
+                "math": SDPBackend.MATH}
+    ways, memory = {}, {}
+    for name, backend in backends.items():
+        try:
+            attention(backend)()
+        except RuntimeError:  # "No available kernel"
+            continue
+        ways[name] = attention(backend)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            ways[name]()
+            memory[name] = torch.cuda.max_memory_allocated()
+    rates = in_turns(ways, args, device)
+    rows = []
+    for name in backends:
+        if name not in rates:
+            rows.append((name, "not here", "", ""))
+            continue
+        share = f"{memory[name] / memory['math']:.2f}" if memory else "–"
+        rows.append((name, f"{1e3 / rates[name]:.1f}", f"{rates['math'] / rates[name]:.2f}", share))
+    table(rows, ("kernel", "ms", "relative time", "relative memory"))
+    return {"milliseconds": {name: 1e3 / r for name, r in rates.items()}, "memory": memory}
+
+
+def resident_megabytes(pid):
+    """Peak resident memory of a running process so far (Linux; 0 elsewhere)."""
+    # Not getrusage: after a fork it also counts what the parent, with torch in it, held.
+    try:
+        with open(f"/proc/{pid}/status") as f:
+            return next((int(line.split()[1]) / 1e3 for line in f if line.startswith("VmHWM")), 0)
+    except OSError:
+        return 0
+
+
+def bench_data(args, device):
+    """The tokenizer on some 25 MB in memory, and data.py as a process of its own on a file of `megabytes`."""
+    rng = random.Random(0)
+    letters = [chr(0x4E00 + i) for i in range(3000)]
+    lines = ["".join(rng.choices(letters, k=rng.randint(20, 400))) for _ in range(2000)]
+    text = "\n".join(lines * 20)
+    size = len(text.encode()) / 1e6
+    tokenizer = Tokenizer.build([text])
+    ids = tokenizer.encode(text)
+    ways = {"encode": lambda: len(tokenizer.encode(text)) and size,
+            "decode": lambda: tokenizer.decode(ids) and size}
+    torch.set_num_threads(1)
+    rates = in_turns(ways, args, device)
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "text.txt")
+        with open(path, "w", encoding="utf-8") as f:
+            while f.tell() < args.megabytes * 1e6:
+                f.write("".join(f"<|bos|>{line}<|eos|>\n" for line in rng.sample(lines, 500)))
+        megabytes, times, peak = os.path.getsize(path) / 1e6, [], 0
+        command = [sys.executable, os.path.join(ROOT, "data.py"), "--pretrain", path, "--out", folder]
+        for _ in range(args.repeats):
+            start = time.perf_counter()
+            child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+            while child.poll() is None:
+                peak = max(peak, resident_megabytes(child.pid))
+                time.sleep(0.02)
+            times.append(time.perf_counter() - start)
+            if child.returncode:
+                raise InputError(f"data.py failed with status {child.returncode}")
+    rates["data.py, file to file"] = megabytes / statistics.median(times)
+    table([(name, f"{r:.0f}") for name, r in rates.items()], ("one core", "MB/s of UTF-8"))
+    print(f"data.py on {megabytes:.0f} MB: peak memory {peak:.0f} MB")
+    return {"megabytes_per_second": rates, "file_megabytes": megabytes, "peak_memory_megabytes": peak}
+
+
+def main():
+    args = run_args
+    device = pick_device(args.device)
+    benches = {"train": bench_train, "generate": bench_generate, "sdpa": bench_sdpa, "data": bench_data}
+    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {device}, "
+          f"torch {torch.__version__}, numpy {np.__version__}")
+    result = benches[args.what](args, device)
+    threads = torch.get_num_threads()
+    print(json.dumps({"bench": args.what, "device": str(device), "threads": threads, **result}))
+
+
+if __name__ == "__main__":
+    run(main)

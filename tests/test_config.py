@@ -1,0 +1,231 @@
+"""Settings: where a value comes from, and what is refused with which words."""
+
+import json
+
+import pytest
+from conftest import REPO, train_main
+from hypothesis import given
+from hypothesis import strategies as st
+
+import train
+from config import (
+    InputError,
+    ModelConfig,
+    Parser,
+    TrainConfig,
+    from_dict,
+    load_config,
+    nearest,
+    read_json,
+    to_dict,
+)
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a JSON value, or a raw string or bytes, to a file; return its path."""
+    def make(content, name="config.json"):
+        path = tmp_path / name
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+        return str(path)
+    return make
+
+
+def test_a_value_comes_from_the_flag_then_the_file_then_the_default(write):
+    config = load_config(TrainConfig, write({"batch_size": 7, "beta1": 0.5}), {"beta1": 0.6})
+    assert (config.beta1, config.batch_size, config.beta2) == (0.6, 7, 0.99)
+
+
+def test_the_defaults_are_the_documented_ones():
+    assert to_dict(ModelConfig()).items() >= dict(
+        block_size=256, vocab_size=10000, n_layer=4, n_head=4, n_embd=256, dropout=0.0, bias=False,
+        use_rope=True, norm_eps=1e-5, is_causal=True).items()
+    assert to_dict(TrainConfig()).items() >= dict(
+        dropout=0.0, learning_rate=6e-4, weight_decay=1e-1, beta1=0.9, beta2=0.99, decay_lr=True,
+        warmup_iters=300, lr_decay_iters=100000, min_lr=6e-5, batch_size=100, random_seed=1337,
+        dataset_path=[], eval_interval=100, log_interval=1, eval_iters=5, backend="nccl", device="cuda",
+        sdp_kernel="flash", dtype="bfloat16", grad_clip=1.0, gradient_accumulation_steps=4).items()
+
+
+@pytest.mark.parametrize("name, cls", [
+    ("model_config.json", ModelConfig), ("config_pretrain.json", TrainConfig), ("config_sft.json", TrainConfig)])
+def test_the_shipped_files_are_valid_and_hold_no_persons_paths(name, cls):
+    config = load_config(cls, str(REPO / name))
+    texts = [config.from_checkpoint, *sum(config.dataset_path, [])] if cls is TrainConfig else []
+    assert not any(text.startswith(("/", "~")) or ":" in text for text in texts)
+
+
+def test_a_config_survives_the_way_through_a_dict(write):
+    config = load_config(TrainConfig, write({"dataset_path": [["a", "b"], ["c", "d"]], "max_minutes": 3}))
+    assert from_dict(TrainConfig, json.loads(json.dumps(to_dict(config))), "x") == config
+    assert config.max_minutes == 3.0 and isinstance(config.max_minutes, float)
+
+
+@pytest.mark.parametrize("values, message", [
+    ({"learning_rat": 1}, 'unknown key "learning_rat"; did you mean "learning_rate"?'),
+    ({"zzz": 1}, 'unknown key "zzz"$'),
+    ({"batch_size": "4"}, "batch_size is '4', but must be of type int"),
+    ({"batch_size": 4.0}, "batch_size is 4.0, but must be of type int"),
+    ({"batch_size": True}, "batch_size is True, but must be of type int"),
+    ({"batch_size": None}, "batch_size is None, but must be of type int"),
+    ({"learning_rate": "1e-3"}, "learning_rate is '1e-3', but must be of type float"),
+    ({"decay_lr": 1}, "decay_lr is 1, but must be of type bool"),
+    ({"device": 0}, "device is 0, but must be of type str"),
+    ({"optimizer": "adam"}, "optimizer is 'adam', but must be one of adamw, muon; did you mean .adamw."),
+    ({"dtype": 16}, "dtype is 16, but must be one of bfloat16, float16, float32"),
+    ({"dataset_path": "a.npy"}, "dataset_path must be a list of pairs"),
+    ({"dataset_path": [["a.npy"]]}, "dataset_path must be a list of pairs"),
+    ({"dataset_path": [["a.npy", 3]]}, "dataset_path must be a list of pairs"),
+    ({"batch_size": 0}, "batch_size is 0, but must be at least 1"),
+    ({"batch_size": -3}, "batch_size is -3, but must be at least 1"),
+    ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0, but must be at least 1"),
+    ({"learning_rate": 0}, "learning_rate is 0.0, but must be above 0"),
+    ({"learning_rate": -1e-3}, "learning_rate is -0.001, but must be above 0"),
+    ({"learning_rate": float("nan")}, "learning_rate is nan"),
+    ({"learning_rate": float("inf")}, "learning_rate is inf"),
+    ({"grad_clip": -1}, "grad_clip is -1.0, but must be at least 0"),
+    ({"dropout": 1.0}, "dropout is 1.0, but must be below 1"),
+    ({"dropout": -0.1}, "dropout is -0.1, but must be at least 0"),
+    ({"beta1": 1.5}, "beta1 is 1.5, but must be below 1"),
+    ({"random_seed": -1}, "random_seed is -1, but must be at least 0"),
+    ({"random_seed": 2**64}, "random_seed is 18446744073709551616, but must be below"),
+    ({"eval_interval": 0}, "eval_interval is 0"),
+    ({"log_interval": 0}, "log_interval is 0"),
+    ({"save_interval": 0}, "save_interval is 0"),
+    ({"eval_iters": 0}, "eval_iters is 0"),
+    ({"max_steps": -1}, "max_steps is -1"),
+    ({"weight_decay": -1}, "weight_decay is -1"),
+    ({"min_lr": 1.0}, "min_lr 1 is above learning_rate 0.0006"),
+    ({"lr_decay_iters": 0}, "lr_decay_iters 0 means max_steps, but max_steps is not set"),
+    ({"lr_decay_iters": 200}, "warmup_iters 300 must be below .*200"),
+    ({"lr_decay_iters": 0, "max_steps": 300}, "warmup_iters 300 must be below .*300"),
+])
+def test_a_bad_training_setting_is_named(write, values, message):
+    path = write(values)
+    with pytest.raises(InputError, match=message) as error:
+        load_config(TrainConfig, path)
+    assert str(error.value).startswith(path) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("values, message", [
+    ({"n_embed": 64}, 'unknown key "n_embed"; did you mean "n_embd"?'),
+    ({"n_embd": 30}, "n_embd 30 is not divisible by n_head 4"),
+    ({"n_kv_head": 3}, "n_head 4 is not divisible by n_kv_head 3"),
+    ({"n_embd": 12}, "use_rope needs an even head size, but n_embd / n_head is 3"),
+    ({"n_layer": 0}, "n_layer is 0"),
+    ({"n_head": 0}, "n_head is 0"),
+    ({"n_embd": -256}, "n_embd is -256"),
+    ({"block_size": 0}, "block_size is 0"),
+    ({"n_kv_head": -1}, "n_kv_head is -1"),
+    ({"norm_eps": 0}, "norm_eps is 0.0"),
+    ({"rope_theta": -1}, "rope_theta is -1.0"),
+    ({"activation": "swish"}, "activation is 'swish'"),
+    ({"final_norm": "batchnorm"}, "final_norm is 'batchnorm'"),
+    ({"is_causal": "yes"}, "is_causal is 'yes'"),
+])
+def test_a_bad_model_setting_is_named(write, values, message):
+    path = write(values)
+    with pytest.raises(InputError, match=message) as error:
+        load_config(ModelConfig, path)
+    assert str(error.value).startswith(path) and "\n" not in str(error.value)
+
+
+def test_an_odd_head_size_is_fine_without_rope(write):
+    assert load_config(ModelConfig, write({"n_embd": 12, "use_rope": False})).n_embd == 12
+
+
+@pytest.mark.parametrize("content, message", [
+    ("", "line 1: not valid JSON"),
+    ('{\n"batch_size": 4,\n}', "line 3: not valid JSON"),
+    ("[1, 2]", "must hold a JSON object"),
+    ("7", "must hold a JSON object"),
+    (b'{"device": "\xff"}', "not UTF-8 at byte 12"),
+    ("[" * 100000, "not valid JSON .*recursion"),
+    ('{"batch_size": ' + "9" * 5000 + "}", "not valid JSON"),
+])
+def test_a_file_that_is_no_json_object_is_named_with_its_line(write, content, message):
+    path = write(content)
+    with pytest.raises(InputError, match=message) as error:
+        read_json(path)
+    assert str(error.value).startswith(path) and "\n" not in str(error.value)
+
+
+def test_missing_files_and_folders_are_named(tmp_path):
+    for path, message in ((tmp_path / "gone.json", "no such file"), (tmp_path, "cannot be read")):
+        with pytest.raises(InputError, match=message):
+            read_json(str(path))
+
+
+def test_a_byte_order_mark_is_read_over(write):
+    assert read_json(write(b'\xef\xbb\xbf{"a": 1}')) == {"a": 1}
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--learning_rat", "1"], "--learning_rat 1; did you mean \"--learning_rate\""),
+    (["--batch_size", "four"], "argument --batch_size: invalid int value: 'four'"),
+    (["--batch_size", "0"], "batch_size is 0, but must be at least 1"),
+    (["--optimizer", "sgd"], "argument --optimizer: invalid choice: 'sgd'"),
+    (["--dataset_path", "a.npy"], "argument --dataset_path"),
+    (["--dataset_path", '[["a.npy"]]'], "dataset_path must be a list of pairs"),
+    (["--decay_lr", "maybe"], "argument --decay_lr"),
+    (["--n_head", "5"], "n_embd 32 is not divisible by n_head 5"),
+    (["-t", "chat"], "argument -t/--task: invalid choice: 'chat'"),
+    (["--train_config", "gone.json"], "gone.json: no such file"),
+])
+def test_a_mistake_on_the_command_line_is_one_line(workspace, words, message):
+    assert message in workspace.refused(train_main, *words)
+
+
+def test_flags_reach_both_configs_and_go_over_the_files(workspace):
+    with workspace.here("train.py", "-t", "sft", "--n_layer", "3", "--learning_rate", "2e-3", "--compile",
+                        "--decay_lr", "false", "--dataset_path", '[["x", "y"]]'):
+        args = train.command_line(None)
+    assert args.model.n_layer == 3 and args.model.n_embd == 32
+    assert args.train.learning_rate == 2e-3 and args.train.compile and not args.train.decay_lr
+    assert args.train.dataset_path == [["x", "y"]] and args.train.batch_size == 4
+    assert args.model_flags == {"n_layer": 3}
+
+
+def test_every_field_has_a_flag_and_a_help_text():
+    parser = Parser("").add_config(TrainConfig).add_config(ModelConfig)
+    flags = {flag for action in parser._actions for flag in action.option_strings}
+    for cls in (TrainConfig, ModelConfig):
+        assert {f"--{name}" for name in cls.__dataclass_fields__} <= flags
+        assert all(f.metadata["help"] for f in cls.__dataclass_fields__.values())
+    assert "learning_rate" in parser.format_help()
+
+
+def test_nearest_names_a_close_word_and_no_far_one():
+    assert nearest("drop_out", ["dropout", "dtype"]) == '; did you mean "dropout"?'
+    assert nearest("xyz", ["dropout", "dtype"]) == ""
+
+
+json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+                           lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=5)
+names = {cls: st.sampled_from(sorted(cls.__dataclass_fields__)) for cls in (ModelConfig, TrainConfig)}
+
+
+@pytest.mark.parametrize("cls", [ModelConfig, TrainConfig])
+@given(data=st.data())
+def test_any_json_gives_a_valid_config_or_one_line(cls, data):
+    """Whatever value stands under a known key: no other exception, and what is accepted has its type."""
+    values = data.draw(st.dictionaries(names[cls] | st.text(max_size=3), json_values, max_size=4))
+    try:
+        config = from_dict(cls, values, "here").validate("here")
+    except InputError as error:
+        assert str(error).startswith("here: ") and "\n" not in str(error)
+    else:
+        assert all(type(value) is type(getattr(cls(), name)) for name, value in to_dict(config).items())
+
+
+@given(text=st.text(st.characters(codec="utf-8")) | st.text('{}[]":,0123456789eE.-nultr\\ '))
+def test_any_text_is_a_json_object_or_one_line(tmp_path_factory, text):
+    path = tmp_path_factory.getbasetemp() / "fuzz.json"
+    path.write_text(text, encoding="utf-8")
+    try:
+        assert isinstance(read_json(str(path)), dict)
+    except InputError as error:
+        assert str(error).startswith(str(path)) and "\n" not in str(error)

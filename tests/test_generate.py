@@ -1,0 +1,194 @@
+"""From logits to tokens: sampling, stopping, the full context, many prompts at once."""
+
+import pytest
+import torch
+
+from config import InputError
+from generate import (
+    check_sampling,
+    complete,
+    decode_one_token,
+    generate,
+    generate_all_at_once,
+    logits_to_probs,
+    penalize_repetition,
+    prefill,
+    sample,
+)
+from model import KVCache
+
+LOGITS = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0, -3.0]])
+PROMPT = torch.tensor([[4, 8, 15, 16, 23]])
+
+
+def tokens(model, prompt=PROMPT, n=20, seed=0, **sampling):
+    generator = torch.Generator().manual_seed(seed)
+    return [int(t) for t in generate(model, prompt, n, generator=generator, **sampling)]
+
+
+@pytest.mark.parametrize("token", [0, 1, 2, 4, 5])
+def test_repetition_penalty_lowers_a_seen_token_whether_its_logit_is_positive_or_negative(token):
+    """Were a negative logit divided as a positive one is, the penalty would be a reward."""
+    seen = torch.tensor([[token, token]])
+    before = LOGITS.softmax(-1)[0, token]
+    after = penalize_repetition(LOGITS, seen, 1.3).softmax(-1)[0, token]
+    assert after < before
+    rest = [i for i in range(6) if i != token]
+    assert torch.equal(penalize_repetition(LOGITS, seen, 1.3)[:, rest], LOGITS[:, rest])
+
+
+def test_repetition_penalty_of_one_is_off_and_below_one_rewards():
+    seen = torch.tensor([[0, 4]])
+    assert torch.equal(penalize_repetition(LOGITS, seen, 1.0), LOGITS)
+    assert (penalize_repetition(LOGITS, seen, 0.5)[0, [0, 4]] > LOGITS[0, [0, 4]]).all()
+
+
+def test_repetition_penalty_makes_a_real_model_repeat_less(tiny_model):
+    model = tiny_model()
+    plain, penalised = (tokens(model, n=25, temperature=0, repetition_penalty=p) for p in (1.0, 50.0))
+    assert len(set(penalised)) > len(set(plain))
+
+
+def test_temperature_zero_is_deterministic_and_takes_the_likeliest(tiny_model):
+    model = tiny_model()
+    runs = {tuple(tokens(model, seed=seed, temperature=0)) for seed in range(3)}
+    assert len(runs) == 1
+    assert runs.pop()[0] == model(PROMPT)[0][0, -1].argmax()
+
+
+def test_low_temperature_sharpens_and_high_temperature_flattens():
+    cold, one, hot = (logits_to_probs(LOGITS, temperature=t)[0, 0] for t in (0.5, 1.0, 2.0))
+    assert cold > one > hot
+    torch.testing.assert_close(logits_to_probs(LOGITS, 1.0), LOGITS.softmax(-1))
+
+
+def test_top_k_leaves_exactly_the_k_likeliest():
+    for k, kept in ((1, 1), (3, 3), (6, 6), (100, 6), (0, 6)):
+        probs = logits_to_probs(LOGITS, top_k=k)
+        assert probs.count_nonzero() == kept and (probs[0, :kept] > 0).all()
+        torch.testing.assert_close(probs.sum(-1), torch.ones(1))
+
+
+def test_top_p_leaves_the_fewest_tokens_that_reach_p():
+    cumulative = LOGITS.softmax(-1).cumsum(-1)[0]
+    for p in (0.05, 0.5, 0.8, 0.95, 0.999):
+        kept = int((cumulative < p).sum()) + 1
+        probs = logits_to_probs(LOGITS, top_p=p)
+        assert probs.count_nonzero() == kept and (probs[0, :kept] > 0).all(), p
+        torch.testing.assert_close(probs.sum(-1), torch.ones(1))
+    assert logits_to_probs(LOGITS, top_p=1.0).count_nonzero() == 6
+
+
+def test_samples_follow_the_probabilities():
+    generator = torch.Generator().manual_seed(0)
+    draws = sample(LOGITS.expand(20000, -1), torch.zeros(20000, 1, dtype=torch.long), temperature=1.5,
+                   top_k=4, generator=generator)
+    share = torch.bincount(draws, minlength=6) / 20000
+    torch.testing.assert_close(share, logits_to_probs(LOGITS, 1.5, 4)[0], atol=0.015, rtol=0)
+
+
+def test_the_same_seed_gives_the_same_text_and_another_seed_another(tiny_model):
+    model = tiny_model()
+    assert tokens(model, seed=5) == tokens(model, seed=5)
+    assert tokens(model, seed=5) != tokens(model, seed=6)
+
+
+def test_the_global_random_state_plays_no_part(tiny_model):
+    model = tiny_model()
+    torch.manual_seed(1)
+    first = tokens(model, seed=5)
+    torch.manual_seed(2)
+    assert tokens(model, seed=5) == first
+
+
+def test_generation_equals_uncached_decoding(tiny_model):
+    model = tiny_model(n_kv_head=2, qk_norm=True)
+    idx = PROMPT
+    for token in tokens(model, n=27, temperature=0):
+        expected = model(idx)[0][0, -1].argmax()
+        assert token == expected
+        idx = torch.cat([idx, expected.view(1, 1)], dim=1)
+    assert idx.size(1) == 32  # to the last place of the context
+
+
+def test_prefill_and_decode_give_the_logits_of_the_whole(tiny_model):
+    model = tiny_model()
+    cache = KVCache(model.config, 1, 6)
+    torch.testing.assert_close(prefill(model, PROMPT, cache), model(PROMPT)[0][:, -1])
+    idx = torch.cat([PROMPT, torch.tensor([[42]])], dim=1)
+    torch.testing.assert_close(decode_one_token(model, idx[:, -1], cache), model(idx)[0][:, -1])
+
+
+def test_generation_stops_with_the_stop_token(tiny_model):
+    model = tiny_model()
+    free = tokens(model, n=20, seed=1)
+    stop = free[7]
+    assert tokens(model, n=20, seed=1, stop_ids=(stop,)) == free[: free.index(stop) + 1]
+
+
+def test_a_sequence_that_has_stopped_repeats_its_stop_token_until_all_have(tiny_model):
+    model = tiny_model()
+    prompts = torch.tensor([[1, 2, 3], [7, 8, 9], [20, 30, 40]])
+    free = torch.stack(list(generate(model, prompts, 12, generator=torch.Generator().manual_seed(0))))
+    stop = int(free[2, 0])
+    steps = list(generate(model, prompts, 12, stop_ids=(stop,), generator=torch.Generator().manual_seed(0)))
+    assert all(int(step[0]) == stop for step in steps[2:])
+    assert len(steps) > 3
+
+
+def test_generation_goes_on_past_the_end_of_the_context(tiny_model):
+    """When the context is full, the later half of it is read again."""
+    model = tiny_model()
+    got = tokens(model, n=100, temperature=0)
+    assert len(got) == 100
+    ids = PROMPT[0].tolist() + got
+    window = ids[32 - 15 : 33]  # the 33rd token drops all but the last 16, and is itself read with them
+    assert ids[33] == model(torch.tensor([window]))[0][0, -1].argmax()
+
+
+def test_a_context_of_one_token_still_generates(tiny_model):
+    assert len(tokens(tiny_model(block_size=1), torch.tensor([[3]]), n=5)) == 5
+
+
+def test_an_empty_prompt_and_one_beyond_the_context_are_refused(tiny_model):
+    with pytest.raises(InputError, match="empty"):
+        tokens(tiny_model(), torch.empty(1, 0, dtype=torch.long))
+    with pytest.raises(InputError, match="block_size"):
+        tokens(tiny_model(), torch.zeros(1, 40, dtype=torch.long))
+
+
+def test_complete_equals_one_prompt_at_a_time(tiny_model):
+    model = tiny_model()
+    prompts = [[5, 6, 7], [9], [8, 8, 8], [1, 2, 3, 4, 5, 6], [7, 7]]
+    stop = tokens(model, torch.tensor([prompts[3]]), temperature=0)[4]
+    expected = []
+    for prompt in prompts:
+        ids = tokens(model, torch.tensor([prompt]), n=15, temperature=0, stop_ids=(stop,))
+        expected.append(ids[:-1] if ids[-1] == stop else ids)
+    assert complete(model, prompts, 15, stop_ids=(stop,), temperature=0) == expected
+    assert len({len(ids) for ids in expected}) > 1
+
+
+def test_complete_stays_inside_the_context(tiny_model):
+    answers = complete(tiny_model(), [[1] * 30, [1] * 32], 10, temperature=0)
+    assert [len(ids) for ids in answers] == [2, 0]
+
+
+def test_one_shot_generation_reads_every_position_and_refuses_causal_models(tiny_model):
+    model, idx = tiny_model(is_causal=False), PROMPT.repeat(2, 1)
+    assert torch.equal(generate_all_at_once(model, idx), model(idx)[0].argmax(-1))
+    with pytest.raises(InputError, match="is_causal false"):
+        generate_all_at_once(tiny_model(), idx)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")), ("top_k", -1),
+    ("top_p", 0.0), ("top_p", 1.1), ("top_p", float("nan")), ("repetition_penalty", 0.0),
+    ("repetition_penalty", -1.0), ("repetition_penalty", float("inf"))])
+def test_a_sampling_parameter_out_of_range_is_named(tiny_model, name, value):
+    good = dict(temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0)
+    check_sampling(**good)
+    with pytest.raises(InputError, match=f"^{name} is "):
+        check_sampling(**{**good, name: value})
+    with pytest.raises(InputError, match=f"^{name} is "):
+        tokens(tiny_model(), **{name: value})

@@ -1,0 +1,172 @@
+"""Optimizers and the learning-rate schedule, held against numbers and against torch's own."""
+
+import copy
+import math
+
+import pytest
+import torch
+from conftest import TINY
+
+from config import ModelConfig, TrainConfig
+from model import GPT
+from optimizer import Float32Muon, build_optimizer, learning_rate, orthogonalize
+
+SCHEDULE = dict(learning_rate=1.0, min_lr=0.1, warmup_iters=4, lr_decay_iters=14)
+
+
+def model_and_optimizer(**values):
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(**TINY, vocab_size=50))
+    return model, build_optimizer(model, TrainConfig(**values))
+
+
+def rates(n=16, **values):
+    return [learning_rate(step, TrainConfig(**{**SCHEDULE, **values})) for step in range(n)]
+
+
+def test_the_learning_rate_is_above_zero_at_the_first_step():
+    assert rates()[0] == pytest.approx(0.2)
+    assert rates(warmup_iters=0)[0] == 1.0
+    assert rates(decay_lr=False)[0] == 1.0
+
+
+def test_warm_up_is_linear_up_to_learning_rate():
+    assert rates()[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+
+
+def test_cosine_decay_ends_at_min_lr_and_stays_there():
+    got = rates(40)
+    assert got[4] == 1.0 and got[9] == pytest.approx(0.55) and got[14:] == pytest.approx([0.1] * 26)
+    assert got[5] == pytest.approx(0.1 + 0.45 * (1 + math.cos(0.1 * math.pi)))
+    assert all(a >= b for a, b in zip(got[4:], got[5:], strict=False))
+
+
+def test_linear_decay_falls_evenly():
+    got = rates(lr_schedule="linear")
+    assert got[4:15] == pytest.approx([1.0 - 0.09 * i for i in range(11)])
+
+
+def test_lr_decay_iters_zero_decays_until_max_steps():
+    assert rates(lr_decay_iters=0, max_steps=14) == rates()
+
+
+def test_without_decay_lr_the_rate_is_constant():
+    assert rates(decay_lr=False) == [1.0] * 16
+
+
+def test_one_adamw_step_is_the_papers():
+    """First step: the moments' bias cancels, so the update is the gradient's sign; then decoupled decay."""
+    model, optimizer = model_and_optimizer(beta1=0.9, beta2=0.99, weight_decay=0.5)
+    matrix, norm = model.lm_head.weight, model.transformer["ln_f"].weight
+    torch.nn.init.constant_(matrix, 2.0)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, -0.3)
+    optimizer.set_lr(0.1)
+    optimizer.step()
+    torch.testing.assert_close(matrix, torch.full_like(matrix, 2.0 * (1 - 0.1 * 0.5) + 0.1))
+    torch.testing.assert_close(norm, torch.full_like(norm, 1.0 + 0.1))
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 0.6)
+    optimizer.step()
+    m = (0.9 * 0.1 * -0.3 + 0.1 * 0.6) / (1 - 0.9**2)
+    v = (0.99 * 0.01 * 0.09 + 0.01 * 0.36) / (1 - 0.99**2)
+    torch.testing.assert_close(norm, torch.full_like(norm, 1.1 - 0.1 * m / math.sqrt(v)))
+
+
+def test_one_muon_step_is_pinned_to_numbers():
+    """By hand: on an orthogonal gradient the iteration is the polynomial on each singular value."""
+    p = torch.nn.Parameter(torch.eye(2) * 3)
+    optimizer = Float32Muon([p], lr=0.1, weight_decay=0.5, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    p.grad = torch.tensor([[0.0, 4.0], [-4.0, 0.0]])
+    optimizer.step()
+    s = 1 / math.sqrt(2)  # of the gradient, over its Frobenius norm
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    size = 0.1 * 0.2 * math.sqrt(2) * s
+    expected = torch.tensor([[2.85, -size], [size, 2.85]])
+    torch.testing.assert_close(p.data, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (24, 8), (8, 24)], ids=str)
+def test_float32_muon_equals_torchs_within_bfloat16_rounding(shape):
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(shape, generator=generator)
+    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    settings = dict(lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    optimizers = Float32Muon([ours], **settings), torch.optim.Muon([theirs], **settings)
+    for _ in range(5):
+        gradient = torch.randn(shape, generator=generator)
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    states = [optimizer.state_dict()["state"][0] for optimizer in optimizers]
+    torch.testing.assert_close(states[0], states[1])
+    moved = (theirs - start).norm()
+    assert (ours - theirs).norm() < 0.02 * moved
+
+
+def test_orthogonalize_brings_singular_values_near_one():
+    matrix = torch.randn(16, 40, generator=torch.Generator().manual_seed(0))
+    for m in (matrix, matrix.T):
+        values = torch.linalg.svdvals(orthogonalize(m, (3.4445, -4.7750, 2.0315), 5, 1e-7))
+        assert values.min() > 0.5 and values.max() < 1.3
+    assert orthogonalize(torch.zeros(4, 4), (3.4445, -4.7750, 2.0315), 5, 1e-7).count_nonzero() == 0
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_weight_decay_acts_on_matrices_only(kind):
+    """With gradients of zero, decay is all that moves a parameter."""
+    model, optimizer = model_and_optimizer(optimizer=kind, weight_decay=0.5)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.set_lr(0.1)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.data, before[name] * (0.95 if p.ndim == 2 else 1.0), msg=name)
+
+
+def test_muon_takes_the_matrices_inside_the_blocks_and_adamw_the_rest():
+    model, optimizer = model_and_optimizer(optimizer="muon")
+    adamw, muon = optimizer.optimizers
+    names = {p: name for name, p in model.named_parameters()}
+    taken = {names[p] for group in muon.param_groups for p in group["params"]}
+    assert taken == {f"transformer.h.{n}.{part}.weight" for n in range(2)
+                     for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
+    rest = [names[p] for group in adamw.param_groups for p in group["params"]]
+    assert sorted(rest) == sorted(set(names.values()) - taken)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_every_parameter_is_in_one_group_and_set_lr_reaches_all(kind):
+    model, optimizer = model_and_optimizer(optimizer=kind)
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len(held) == len(set(held)) == len(list(model.parameters()))
+    optimizer.set_lr(0.123)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.123}
+
+
+def test_betas_reach_adamw():
+    _, optimizer = model_and_optimizer(beta1=0.5, beta2=0.6)
+    assert {tuple(group["betas"]) for group in optimizer.param_groups} == {(0.5, 0.6)}
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_an_optimizer_continues_from_its_state_bit_for_bit(kind):
+    def steps(model, optimizer, seeds):
+        for seed in seeds:
+            torch.manual_seed(seed)
+            idx = torch.randint(0, 50, (2, 16))
+            model(idx[:, :-1], idx[:, 1:])[1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model, optimizer = model_and_optimizer(optimizer=kind)
+    steps(model, optimizer, range(3))
+    other, continued = model_and_optimizer(optimizer=kind)
+    other.load_state_dict(model.state_dict())
+    continued.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # else both would share the moments
+    steps(model, optimizer, range(3, 6))
+    steps(other, continued, range(3, 6))
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q), name

@@ -1,0 +1,150 @@
+"""Training on several processes and machines: the loop of train.py under DistributedDataParallel.
+
+    CUDA_VISIBLE_DEVICES=0,1,2,3 OMP_NUM_THREADS=1 \\
+        python -m torch.distributed.run --nproc_per_node 4 train_ddp.py
+    OMP_NUM_THREADS=1 python -m torch.distributed.run --nproc_per_node 2 train_ddp.py -t sft
+    python -m torch.distributed.run --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d \\
+        --rdzv_endpoint FIRST_MACHINE:29500 train_ddp.py      on each of two machines
+
+Flags, settings, checkpoints and log are those of train.py; gradient_accumulation_steps and the order of the
+data are for all processes together. Every machine reads dataset/ and the checkpoint to start from, and the
+first process alone writes.
+"""
+
+import contextlib
+import gc
+import os
+import sys
+import time
+import traceback
+import warnings
+from datetime import timedelta
+
+import train
+from config import InputError, run
+
+if __name__ == "__main__":
+    with contextlib.suppress(InputError):  # main() meets it again and prints it
+        train.command_line(__doc__)
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint as ckpt
+import device
+
+
+class DataParallel(train.SingleProcess):
+    """Every process holds the whole model; gradients are averaged over them (Li et al. 2020)."""
+
+    def __init__(self):
+        try:
+            self.rank, self.local_rank, self.world_size = (
+                int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+        except KeyError:
+            raise InputError(f"start it with: {self.launch_command}") from None
+        self.is_main = self.rank == 0
+
+    launch_command = "python -m torch.distributed.run --nproc_per_node 2 train_ddp.py"
+
+    def setup(self, config):
+        own = device.pick_device(config.device, self.local_rank)
+        if own.type == "mps" or ":" in config.device:
+            raise InputError(f'device "{config.device}" cannot be shared by processes; use cuda or cpu')
+        backend = config.backend if own.type == "cuda" else "gloo"
+        if not dist.is_backend_available(backend):
+            raise InputError(f'backend "{backend}" is not in this torch; use nccl (CUDA) or gloo')
+        if backend != config.backend:
+            self.say(f"backend: {config.backend} needs CUDA, so gloo is used on this {own.type}")
+        self.init_process_group(backend, timedelta(minutes=config.timeout_minutes))
+        self.reduce_on = own if backend == "nccl" else torch.device("cpu")
+        answer = [device.has_fast_bfloat16(own.type)]
+        dist.broadcast_object_list(answer, device=self.reduce_on)  # measured: processes could differ
+        device.FAST_BFLOAT16[own.type] = answer[0]
+        super().setup(config)
+
+    def init_process_group(self, backend, timeout):
+        dist.init_process_group(backend, timeout=timeout)
+
+    def wrap(self, model, optimizer):
+        cards = [self.device.index] if self.device.type == "cuda" else None
+        # forward_sync_buffers, the new name that torch 2.13 asks for, is unknown to torch 2.12.
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+        self.ddp = DistributedDataParallel(super().wrap(model, optimizer), cards, broadcast_buffers=False,
+                                           gradient_as_bucket_view=True)
+        return self.ddp
+
+    def micro_step(self, last):
+        return contextlib.nullcontext() if last else self.ddp.no_sync()
+
+    def sum_over_ranks(self, *values):
+        totals = torch.tensor(values, dtype=torch.float64, device=self.reduce_on)
+        dist.all_reduce(totals)
+        return [type(value)(total) for value, total in zip(values, totals.tolist(), strict=True)]
+
+    def rng_of_all(self):
+        """The random states of all processes, in order; every process must call it."""
+        rng = [None] * self.world_size
+        dist.all_gather_object(rng, device.rng_state(self.device))
+        return rng
+
+    def state(self):
+        return {**super().state(), "rng": self.rng_of_all()}
+
+    def save(self, path, checkpoint, fixed_name=None):
+        state = self.state()
+        if self.is_main:
+            ckpt.save(path, {**checkpoint, **state})
+            if fixed_name:
+                ckpt.alias(path, fixed_name)
+
+    def close(self):
+        """Leave the process group together. What holds its gradients must be gone first: gloo's threads
+        abort at exit in a share of runs otherwise."""
+        self.model = self.ddp = self.optimizer = self.scaler = None
+        gc.collect()
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def run_rank(main):
+    """config.run, for a process among several: what all have to say is said once, and after a failure they
+    leave without Python's clean-up, in which gloo's threads abort."""
+    try:
+        run(lambda: told_apart(main))
+    except BaseException as end:
+        if not isinstance(end, SystemExit):
+            traceback.print_exc()
+        status = end.code if isinstance(end, SystemExit) else 1
+        if not status:
+            raise
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def told_apart(main):
+    """Call `main`; a process that fails only because another did says so in a line and has status 1."""
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        return main()
+    except InputError:
+        if rank:
+            time.sleep(3)  # most often the first process says the same, and the launcher then ends this one
+        raise
+    except RuntimeError as error:  # gloo has no class of its own for it
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        reason = str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]
+        print(f"error: rank {rank}: another process has ended or does not answer ({reason})",
+              file=sys.stderr)
+        return 1
+
+
+def main():
+    return train.train_and_close(train.command_line(__doc__), DataParallel())
+
+
+if __name__ == "__main__":
+    run_rank(main)

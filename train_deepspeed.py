@@ -1,0 +1,279 @@
+"""Training on several processes and machines: the loop of train.py under DeepSpeed's ZeRO.
+
+    deepspeed train_deepspeed.py --deepspeed --deepspeed_config deepspeed_config.json
+    deepspeed --num_gpus 4 train_deepspeed.py --deepspeed --deepspeed_config deepspeed_config.json -t sft
+    deepspeed --hostfile=hostfile.txt train_deepspeed.py --deepspeed --deepspeed_config deepspeed_config.json
+
+deepspeed_config.json sets the ZeRO stage and offloading; batch sizes, learning rate, clipping and precision
+come from config_pretrain.json or config_sft.json and the flags of train.py. Checkpoints go to checkpoint/ds/,
+a folder a checkpoint, written by all processes (on several machines: to a file system that they share).
+"""
+
+import contextlib
+import logging
+import os
+import re
+import shutil
+import signal
+import threading
+import time
+import warnings
+from dataclasses import replace
+
+import train
+from config import ROOT, InputError, read_json
+
+LAUNCH = "deepspeed {}train_deepspeed.py --deepspeed --deepspeed_config deepspeed_config.json"
+
+
+def add_flags(cli):
+    group = cli.add_argument_group("DeepSpeed")
+    group.add_argument("--deepspeed", action="store_true", help="customary; DeepSpeed is always used")
+    group.add_argument("--deepspeed_config", default=os.path.join(ROOT, "deepspeed_config.json"),
+                       metavar="FILE", help="ZeRO stage and offloading")
+    group.add_argument("--hostfile", metavar="FILE", help="belongs before the script; here only checked")
+    group.add_argument("--local_rank", type=int, help="from the launcher")
+
+
+def command_line():
+    args = train.command_line(__doc__, add_flags)
+    if "RANK" not in os.environ:
+        raise InputError(f"start it with: {LAUNCH.format('')}")
+    listed, came_up = count_slots(args.hostfile), int(os.environ["WORLD_SIZE"])
+    if came_up < listed:
+        raise InputError(f"{args.hostfile} lists {listed} processes, but {came_up} came up, since --hostfile "
+                         f"is for the launcher: {LAUNCH.format(f'--hostfile={args.hostfile} ')}")
+    args.zero = read_json(args.deepspeed_config)
+    if args.train.from_checkpoint == "latest":
+        args.train.from_checkpoint = "checkpoint/ds"
+    return args
+
+
+def count_slots(path):
+    """The number of processes that a hostfile asks for; lines like `192.168.10.52 slots=2`."""
+    if not path:
+        return 0
+    try:
+        with open(path, encoding="utf-8") as f:
+            return sum(map(int, re.findall(r"^\s*[^#\s]+\s+slots=(\d+)", f.read(), re.MULTILINE)))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(InputError):  # main() meets it again and prints it
+        command_line()
+
+import psutil  # comes with DeepSpeed
+import torch
+import torch.distributed as dist
+
+import checkpoint as ckpt
+import device
+from optimizer import build_optimizer
+from train_ddp import DataParallel, run_rank
+
+FOLDER = os.path.join(train.CHECKPOINTS, "ds")
+
+
+class Zero(DataParallel):
+    """Optimizer state, gradients and weights split over the processes (ZeRO; Rajbhandari et al. 2020).
+
+    zero: the dict in deepspeed_config.json, and where it stands."""
+
+    launch_command = LAUNCH.format("")
+    saved_as = "checkpoint/ds/{}"
+
+    def __init__(self, zero, where):
+        super().__init__()
+        self.zero, self.where = zero, where
+
+    def init_process_group(self, backend, timeout):
+        os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+        import deepspeed  # here, where the kind of device is known
+
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        # Spares a C++ build at the first start on a CPU: of a shared-memory all-reduce, for inference.
+        deepspeed.ops.__compatible_ops__ = {}
+        deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
+        self.deepspeed = deepspeed
+
+    def setup(self, config):
+        if config.skip_nonfinite or config.compile:
+            name = "compile" if config.compile else "skip_nonfinite"
+            raise InputError(f"{name}: not under DeepSpeed, which takes the step itself; use train_ddp.py")
+        super().setup(config)
+        threading.Thread(target=leave_with_launcher, daemon=True).start()
+
+    def wrap(self, model, optimizer):
+        if self.config.optimizer == "muon":
+            self.say("optimizer: muon needs whole matrices, which ZeRO splits, so adamw is used")
+        groups = build_optimizer(model, replace(self.config, optimizer="adamw")).optimizers[0].param_groups
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        n_params = model.n_params()
+        self.model, self.engine = model, self.deepspeed.initialize(
+            model=model, optimizer=self.build_adamw(groups), config=self.engine_config())[0]
+        for name, buffer in model.named_buffers():
+            buffer.data = buffers[name]  # RoPE's angles stay in float32 where the weights are in bfloat16
+        model.n_params = lambda: n_params  # stage 3 leaves each process with empty parameters
+        return self.engine
+
+    def build_adamw(self, groups):
+        """AdamW for whole parameters; DeepSpeed's for the CPU where deepspeed_config.json offloads to it."""
+        zero = self.zero.get("zero_optimization", {})
+        options = dict(lr=self.config.learning_rate, betas=(self.config.beta1, self.config.beta2))
+        groups = [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in groups]
+        if zero.get("offload_optimizer") and self.zero.get("zero_force_ds_cpu_optimizer", True):
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
+            return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+        return torch.optim.AdamW(groups, fused=True, **options)
+
+    def engine_config(self):
+        """deepspeed_config.json with our settings in it. Raises InputError where it says something else."""
+        c = self.config
+        ours = {  # DeepSpeed's key: its value, and the setting of ours that it follows from
+            "train_micro_batch_size_per_gpu": (c.batch_size, "batch_size"),
+            "gradient_accumulation_steps": (c.gradient_accumulation_steps // self.world_size,
+                                            "gradient_accumulation_steps / processes"),
+            "train_batch_size": (c.batch_size * c.gradient_accumulation_steps,
+                                 "batch_size × gradient_accumulation_steps"),
+            "gradient_clipping": (c.grad_clip, "grad_clip"),
+            "bf16": (self.dtype is torch.bfloat16, "dtype"),
+            "fp16": (self.dtype is torch.float16, "dtype"),
+        }
+        for key in ("optimizer", "scheduler"):
+            if key in self.zero:
+                raise InputError(f"{self.where}: {key} follows from the training settings (optimizer, "
+                                 "learning_rate, lr_schedule, …); leave it out there")
+        merged = {key: {"enabled": value} if "16" in key else value for key, (value, _) in ours.items()}
+        for key, given in self.zero.items():
+            value = given.get("enabled") if key in ("bf16", "fp16") else given
+            if key in ours and value != ours[key][0]:
+                raise InputError(f"{self.where}: {key} is {value}, but {ours[key][1]} in the training "
+                                 f"settings makes it {ours[key][0]}; leave it out there")
+            merged[key] = given
+        return merged
+
+    def autocast(self):
+        return contextlib.nullcontext()  # the engine keeps the weights themselves in the lower precision
+
+    def micro_step(self, last):
+        self.engine.set_gradient_accumulation_boundary(last)
+        return contextlib.nullcontext()
+
+    def backward(self, loss):
+        self.engine.backward(loss, scale_wrt_gas=False)  # the loop has divided it already
+
+    def step(self, lr):
+        """Returns the gradient norm; under float16 an overflow is 0, as in SingleProcess."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        norm = None
+        if self.stage == 0 and self.dtype is torch.float32:  # DeepSpeed then keeps no norm
+            norm = torch.nn.utils.get_total_norm(p.grad for p in self.model.parameters())
+        self.engine.step()
+        if getattr(self.engine.optimizer, "overflow", False) and self.dtype is torch.float16:
+            return 0.0
+        return float(self.engine.get_global_grad_norm() if norm is None else norm)
+
+    def save(self, path, checkpoint, fixed_name=None):
+        """Write the folder checkpoint/ds/<task>_<date>_<time>_step_<n>, whole or not at all; then let the
+        file `latest`, and the link `fixed_name`, mean it."""
+        name = [re.sub(r"_(best|last|step_\d+)\.pt$", "", os.path.basename(path))]
+        dist.broadcast_object_list(name, device=self.reduce_on)  # the first process alone has the date
+        tag = f"{name[0]}_step_{checkpoint['step']}"
+        state = {"nano": {**checkpoint, "rng": self.rng_of_all()}, "zero_stage": self.stage}
+        temporary = os.path.join(FOLDER, tag + ".tmp")
+        try:
+            if not os.path.exists(os.path.join(FOLDER, tag)):  # the last step may be the best as well
+                self.engine.save_checkpoint(FOLDER, tag + ".tmp", client_state=state, save_latest=False)
+                if self.is_main:
+                    publish(temporary, os.path.join(FOLDER, tag))
+            if self.is_main:
+                point_to(tag, fixed_name and fixed_name.removesuffix(".pt"), name[0],
+                         self.config.save_interval)
+        except (OSError, RuntimeError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise InputError(f"{temporary}: could not be saved ({reason}); earlier ones are whole") from None
+        dist.barrier()
+
+    @property
+    def stage(self):
+        return self.engine.zero_optimization_stage()
+
+    def load(self, state):
+        path = ckpt.find(self.config.from_checkpoint)
+        if not os.path.isdir(path):
+            raise InputError(f"{path}: not written by DeepSpeed, and its optimizer state cannot be split; "
+                             "continue it with train.py or train_ddp.py")
+        folder = ckpt.find_deepspeed(path)
+        stage = ckpt.read_deepspeed(folder)[1]
+        if len(state["rng"]) != self.world_size or stage != self.stage:
+            raise InputError(
+                f"{path}: written by {len(state['rng'])} processes at ZeRO stage {stage}, but now there are "
+                f"{self.world_size} at stage {self.stage}; its parts fit that number and stage alone. The "
+                "weights without the optimizer's state: python checkpoint.py checkpoint/ds OUTPUT.pt")
+        with ckpt.deepspeed_weights_only():
+            self.engine.load_checkpoint(*os.path.split(folder))
+        device.set_rng_state(state["rng"][self.rank], self.device)
+
+    def close(self):
+        self.engine.destroy()
+        self.engine = None
+        super().close()
+
+
+def publish(temporary, folder):
+    """Give a folder that all processes have written its name, once it lies on the disk."""
+    for path in [os.path.join(temporary, name) for name in os.listdir(temporary)]:
+        with open(path, "rb") as f:
+            os.fsync(f.fileno())
+    os.rename(temporary, folder)
+    ckpt.sync_folder(folder)
+
+
+def point_to(tag, link, run_name, save_interval):
+    """Let the file `latest` and the symbolic link `link` (or None) mean the folder `tag`; remove the folder
+    that the link meant, if this run has no other use for it."""
+    latest = os.path.join(FOLDER, "latest")
+    with open(latest + ".tmp", "w") as f:
+        f.write(tag)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(latest + ".tmp", latest)
+    if link:
+        path = os.path.join(FOLDER, link)
+        before = os.readlink(path) if os.path.islink(path) else ""
+        os.symlink(tag, path + ".tmp")
+        os.replace(path + ".tmp", path)
+        if before.startswith(run_name) and before != tag and int(before.rpartition("_")[2]) % save_interval:
+            shutil.rmtree(os.path.join(FOLDER, before))
+    ckpt.sync_folder(latest)
+
+
+def leave_with_launcher():
+    """Ask this process to save and leave when a launcher above it has gone.
+
+    `deepspeed` starts `deepspeed.launcher.launch`, which starts us; the first does not pass SIGTERM on."""
+    def ancestors():
+        parent = psutil.Process().ppid()
+        return parent, psutil.Process(parent).ppid()
+
+    try:
+        before = ancestors()
+        while ancestors() == before:
+            time.sleep(1)
+    except psutil.NoSuchProcess:
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def main():
+    args = command_line()
+    return train.train_and_close(args, Zero(args.zero, args.deepspeed_config))
+
+
+if __name__ == "__main__":
+    run_rank(main)
