@@ -25,7 +25,7 @@ from config import ROOT, InputError, ModelConfig, Parser, TrainConfig, run
 SMALL = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 65}
 
 
-def command_line():
+def command_line(words=None):
     cli = Parser(__doc__)
     cli.add_argument("what", choices=("train", "generate", "sdpa", "data"))
     cli.add_argument("--batch_size", type=int, default=16)
@@ -34,7 +34,7 @@ def command_line():
     cli.add_argument("--megabytes", type=int, default=200, help="size of the text for `data` (default 200)")
     cli.add_argument("--device", default="auto")
     cli.add_config(ModelConfig, defaults=SMALL)
-    args = cli.parse_args()
+    args = cli.parse_args(words)
     if min(args.batch_size, args.repeats, args.megabytes) < 1 or not args.seconds > 0:
         raise InputError("--batch_size, --repeats, --megabytes and --seconds must be above 0")
     args.model = ModelConfig(**{**SMALL, **cli.overrides(args, ModelConfig)}).validate()
@@ -42,7 +42,7 @@ def command_line():
 
 
 if __name__ == "__main__":
-    run_args = command_line()  # before torch is imported, so that --help and mistakes answer at once
+    ARGS = command_line()  # before torch is imported, so that --help and mistakes answer at once
 
 import numpy as np
 import torch
@@ -82,7 +82,7 @@ def table(rows, columns):
 
 
 def training_step(args, device, dtype, optimizer="adamw", compile=False):
-    """A function that takes one training step on random tokens and returns how many it read."""
+    """A function that takes one training step on random tokens, returning how many it read; and its model."""
     torch.manual_seed(0)
     model = GPT(args.model).to(device)
     if compile:
@@ -98,18 +98,16 @@ def training_step(args, device, dtype, optimizer="adamw", compile=False):
         optimizers.step()
         optimizers.zero_grad()
         return args.batch_size * args.model.block_size
-    return step
+    return step, model
 
 
 def bench_train(args, device):
     best = pick_dtype("bfloat16", device)
-    ways = {"float32, AdamW": training_step(args, device, torch.float32),
-            "float32, Muon": training_step(args, device, torch.float32, "muon"),
-            "float32, AdamW, compiled": training_step(args, device, torch.float32, compile=True)}
-    if best is not torch.float32:
-        ways |= {"bfloat16, AdamW": training_step(args, device, best),
-                 "bfloat16, Muon": training_step(args, device, best, "muon"),
-                 "bfloat16, AdamW, compiled": training_step(args, device, best, compile=True)}
+    ways = {}
+    for name, dtype in {"float32": torch.float32, str(best).removeprefix("torch."): best}.items():
+        ways[f"{name}, AdamW"] = training_step(args, device, dtype)[0]
+        ways[f"{name}, Muon"] = training_step(args, device, dtype, "muon")[0]
+        ways[f"{name}, AdamW, compiled"] = training_step(args, device, dtype, compile=True)[0]
     rates = in_turns(ways, args, device)
     flops = GPT(args.model).flops_per_token()
     peak = {dtype: matmul_flops(device, dtype) for dtype in {torch.float32, best}}
@@ -234,8 +232,7 @@ def bench_data(args, device):
     return {"megabytes_per_second": rates, "file_megabytes": megabytes, "peak_memory_megabytes": peak}
 
 
-def main():
-    args = run_args
+def main(args):
     device = pick_device(args.device)
     benches = {"train": bench_train, "generate": bench_generate, "sdpa": bench_sdpa, "data": bench_data}
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {device}, "
@@ -246,4 +243,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(lambda: main(ARGS))

@@ -2,6 +2,7 @@
 
     python checkpoint.py checkpoint/sft_best.pt                    what is in the file
     python checkpoint.py checkpoint/ds checkpoint/ckpt_ds.pt       a DeepSpeed checkpoint as one such file
+    python checkpoint.py checkpoint/sft_best.pt tokenizer.json     its vocabulary, for data.py --tokenizer
 
 A file is written beside its final name, synced and renamed, so that a reader finds the old one or the new
 one and never a half. It is read with weights_only=True, after its checksums have been compared.
@@ -11,6 +12,7 @@ import contextlib
 import glob
 import os
 import shutil
+import sys
 import zipfile
 
 from config import ROOT, InputError, ModelConfig, Parser, from_dict, run
@@ -18,7 +20,8 @@ from config import ROOT, InputError, ModelConfig, Parser, from_dict, run
 if __name__ == "__main__":
     cli = Parser(__doc__)
     cli.add_argument("checkpoint", help="a .pt file, or the folder of a DeepSpeed checkpoint")
-    cli.add_argument("output", nargs="?", metavar="OUTPUT.pt", help="write it there as one file")
+    cli.add_argument("output", nargs="?", metavar="OUTPUT",
+                     help="write it as a .pt, or its tokenizer as a .json")
     ARGS = cli.parse_args()  # before torch is imported, so that --help and mistakes answer at once
 
 import torch
@@ -163,9 +166,10 @@ def deepspeed_weights_only():
 
     Beside tensors and plain values they hold only objects of the four classes named here."""
     try:
-        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-        from deepspeed.runtime.zero.config import ZeroStageEnum
-        from deepspeed.utils.tensor_fragment import fragment_address
+        with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed's log would mix with answers and tables
+            from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+            from deepspeed.runtime.zero.config import ZeroStageEnum
+            from deepspeed.utils.tensor_fragment import fragment_address
     except ImportError:
         raise InputError("a DeepSpeed checkpoint needs DeepSpeed: pip install deepspeed") from None
     before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
@@ -258,7 +262,9 @@ def build_model(checkpoint, path="checkpoint", dropout=None):
 
 def main():
     checkpoint = load(ARGS.checkpoint)
-    if ARGS.output:
+    if ARGS.output and ARGS.output.endswith(".json"):
+        Tokenizer.from_dict(checkpoint["tokenizer_config"]).save(ARGS.output)
+    elif ARGS.output:
         save(ARGS.output, checkpoint)
     print(f"{ARGS.checkpoint}: {checkpoint['task']}, step {checkpoint['step']}, "
           f"best validation loss {checkpoint['best_val_loss']:.4f}")

@@ -24,7 +24,8 @@ def command_line():
     cli.add_argument("--text", metavar="FILE", help="loss and bits per character over all of a text")
     cli.add_argument("--data", metavar="FILE", help="loss over all of a prepared .npy file")
     cli.add_argument("--qa", metavar="FILE", help="exact match on the question-answer pairs of a JSONL file")
-    cli.add_argument("--ceval", metavar="DIR", help="accuracy on multiple choice, CSV files as C-Eval has them")
+    cli.add_argument("--ceval", metavar="DIR",
+                     help="accuracy on multiple choice, CSV files as C-Eval has them")
     cli.add_argument("--show", type=int, default=5, metavar="N", help="print N right and N wrong answers")
     cli.add_argument("--device", default="auto")
     args = cli.parse_args()

@@ -151,17 +151,20 @@ TASKS = {
         generate=numbers, answer=loops, vocabulary=DIGITS, check=check_number,
         settings={"min_number": (0, "smallest number"), "max_number": (99_999_999, "largest number")},
         block_size=lambda settings: len(str(settings["max_number"])) + 3,
-        model=dict(n_layer=2, n_head=4, n_embd=64), train=dict(max_steps=1000)),
+        model=dict(n_layer=2, n_head=4, n_embd=64, activation="relu2", use_rope=False),
+        train=dict(max_steps=1500)),
     "sort": Task(
         generate=digit_strings, answer=lambda text: "".join(sorted(text)), vocabulary=DIGITS,
         check=check_length, settings={"length": (6, "digits in an input")},
         block_size=lambda settings: settings["length"],
-        model=dict(n_layer=2, n_head=4, n_embd=64, is_causal=False), train=dict(max_steps=1500)),
+        model=dict(n_layer=2, n_head=4, n_embd=64, activation="relu2", is_causal=False, use_rope=False),
+        train=dict(max_steps=1500)),
     "palindrome": Task(
         generate=digit_strings, answer=lambda text: text[::-1], vocabulary=DIGITS,
         check=check_length, settings={"length": (6, "digits in an input")},
         block_size=lambda settings: settings["length"],
-        model=dict(n_layer=2, n_head=4, n_embd=64, is_causal=False, use_rope=False), train=dict(max_steps=500)),
+        model=dict(n_layer=2, n_head=4, n_embd=64, is_causal=False, use_rope=False),
+        train=dict(max_steps=500)),
     "bool": Task(
         generate=expressions, answer=lambda text: str(evaluate(text)[0]), vocabulary="()+*01",
         check=check_expression, labels=closed_values,
@@ -171,7 +174,8 @@ TASKS = {
                   "label_subexpressions": (True, "in training, label each closing bracket with the value of "
                                                   "its sub-expression?")},
         block_size=lambda settings: settings["length"],
-        model=dict(n_layer=6, n_head=4, n_embd=64, activation="relu2", use_rope=False), train=dict(max_steps=800)),
+        model=dict(n_layer=6, n_head=4, n_embd=64, activation="relu2", use_rope=False),
+        train=dict(max_steps=800)),
 }
 TEST_INPUTS = 10_000
 NOT_HERE = ("dataset_path", "backend", "document_mask", "vocab_size")  # fields without a meaning in the lab

@@ -51,7 +51,7 @@ import checkpoint as ckpt
 from dataloader import DataLoader
 from device import DTYPES, pick_device, pick_dtype, rng_state, set_rng_state, set_sdp_kernel
 from metrics import Log, train_line, val_line
-from model import IGNORE, GPT, documents_of
+from model import GPT, IGNORE, documents_of
 from optimizer import build_optimizer, learning_rate
 from tokenizer import Tokenizer
 
@@ -324,8 +324,9 @@ def train(args, strategy):
     if start:
         model, own_tokenizer = ckpt.build_model(start, config.from_checkpoint, dropout=config.dropout)
         if own_tokenizer.to_dict() != tokenizer.to_dict():
-            raise InputError(f"{paths[0][0]}: prepared with another vocabulary than {config.from_checkpoint}; "
-                             f"run python data.py --tokenizer {config.from_checkpoint}")
+            raise InputError(
+                f"{paths[0][0]}: prepared with another vocabulary than {config.from_checkpoint}; run python "
+                f"checkpoint.py {config.from_checkpoint} tokenizer.json, then data.py --tokenizer that file")
     else:
         args.model.vocab_size, args.model.dropout = tokenizer.vocab_size, config.dropout
         model = GPT(args.model)

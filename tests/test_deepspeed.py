@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import deepspeed  # noqa: F401  (its import takes seconds and logs: once, before the tests)
 import numpy as np
 import pytest
 import torch

@@ -100,9 +100,9 @@ def test_full_attention_has_the_answer_as_target_in_the_input_s_place(name):
         assert rows.tokenizer.decode(answer) == TASKS[name].answer(rows.tokenizer.decode(text))
 
 
-@pytest.mark.parametrize("name", ["q", "bool"])
-def test_a_causal_row_has_targets_on_the_answer_and_its_end_alone(name):
-    rows = loader(name)
+@pytest.mark.parametrize("name, values", [("q", {}), ("bool", {"label_subexpressions": False})])
+def test_a_causal_row_has_targets_on_the_answer_and_its_end_alone(name, values):
+    rows = loader(name, **values)
     for x, y in [rows.next_batch() for _ in range(5)]:
         for ids, targets in zip(x, y, strict=True):
             text, _, answer = rows.tokenizer.decode(ids, skip_special=True).partition("=")
@@ -114,7 +114,7 @@ def test_a_causal_row_has_targets_on_the_answer_and_its_end_alone(name):
 
 
 def test_labelled_subexpressions_add_targets_at_brackets_and_nothing_else():
-    plain, labelled = loader("bool"), loader("bool", label_subexpressions=True)
+    plain, labelled = (loader("bool", label_subexpressions=labels) for labels in (False, True))
     (x, y), (x_labelled, y_labelled) = plain.next_batch(), labelled.next_batch()
     brackets = x == plain.tokenizer.stoi[")"]
     assert (x == x_labelled).all() and (y == y_labelled)[~brackets].all()

@@ -37,7 +37,8 @@ def test_the_commands_of_the_readme_run_in_their_order(workspace):
     for command in ran:
         words = words_of(command)
         if words[0] == "plot_loss.py":  # the README's log has somebody else's date
-            words = [sorted(workspace.path.glob("train_*.log"))[-1] if w.endswith(".log") else w for w in words]
+            newest = sorted(workspace.path.glob("train_*.log"))[-1]
+            words = [newest if word.endswith(".log") else word for word in words]
         result = workspace.run(*words, stdin="after B\n/reset\nafter C\n")
         assert "Traceback" not in result.stderr
     for name in ("pretrain_best.pt", "pretrain_last.pt", "sft_best.pt", "sft_last.pt"):
