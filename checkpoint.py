@@ -13,6 +13,8 @@ import glob
 import os
 import shutil
 import sys
+import tempfile
+import time
 import zipfile
 
 from config import ROOT, InputError, ModelConfig, Parser, from_dict, run
@@ -32,6 +34,8 @@ from tokenizer import Tokenizer
 FORMAT = "nano-1"
 KEYS = ("format", "model", "optimizer", "step", "task", "model_config", "train_config", "tokenizer_config",
         "best_val_loss", "dataloader", "rng", "scaler")
+KINDS = {"model": dict, "step": int, "task": str, "model_config": dict, "train_config": dict,
+         "tokenizer_config": dict, "best_val_loss": float}
 
 
 def find(path):
@@ -60,6 +64,21 @@ def save(path, checkpoint):
             os.remove(temporary)
 
 
+def prepare_folder(folder):
+    """Make the folder of the checkpoints, clear what a killed run left half-written, try to write.
+
+    Raises InputError, before a step of training is spent, if nothing can be saved there."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        for path in glob.glob(os.path.join(glob.escape(folder), "*.pt.*.tmp")):
+            if time.time() - os.path.getmtime(path) > 3600:  # a younger one may belong to another run
+                os.remove(path)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"{folder}: checkpoints cannot be saved there ({error.strerror})") from None
+
+
 def sync_folder(path):
     """Make a rename in the folder of `path` last through a power cut."""
     if os.name == "posix":
@@ -75,11 +94,19 @@ def alias(path, name):
     target = os.path.join(os.path.dirname(path), name)
     temporary = f"{target}.{os.getpid()}.tmp"
     try:
-        os.link(path, temporary)  # a second name for the same bytes: costs no space
-    except OSError:  # a file system without hard links
-        shutil.copyfile(path, temporary)
-    os.replace(temporary, target)
-    sync_folder(target)
+        with contextlib.suppress(OSError):  # of a killed run: were it a link, a copy would go into its file
+            os.remove(temporary)
+        try:
+            os.link(path, temporary)  # a second name for the same bytes: costs no space
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, temporary)
+        os.replace(temporary, target)
+        sync_folder(target)
+    except OSError as error:
+        raise InputError(f"{target}: could not be saved ({error.strerror}); {path} is whole") from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
 
 
 def load(path):
@@ -108,6 +135,9 @@ def load(path):
         checkpoint = from_reference(checkpoint, path)
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT or set(checkpoint) != set(KEYS):
         raise InputError(f"{path}: not a checkpoint of this program")
+    for name, kind in KINDS.items():
+        if not isinstance(checkpoint[name], kind):
+            raise InputError(f"{path}: not a checkpoint of this program ({name} is no {kind.__name__})")
     return checkpoint
 
 
@@ -257,7 +287,11 @@ def build_model(checkpoint, path="checkpoint", dropout=None):
     except (RuntimeError, AttributeError, TypeError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise InputError(f"{path}: weights do not fit its model_config ({reason})") from None
-    return model.eval(), Tokenizer.from_dict(checkpoint["tokenizer_config"])
+    tokenizer = Tokenizer.from_dict(checkpoint["tokenizer_config"], f"{path}: tokenizer_config")
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise InputError(f"{path}: a vocabulary of {tokenizer.vocab_size} is larger than the model's, "
+                         f"{model.config.vocab_size}")
+    return model.eval(), tokenizer
 
 
 def main():

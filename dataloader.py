@@ -23,8 +23,9 @@ def open_array(path, ndim=None):
         raise InputError(f"{path}: no such file; run python data.py first") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not a prepared .npy file ({error}); run python data.py") from None
+    except (ValueError, EOFError, SyntaxError, TypeError, OverflowError) as error:  # a damaged header
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path}: not a prepared .npy file ({reason}); run python data.py") from None
     is_ours = isinstance(data, np.ndarray) and data.dtype in (np.uint16, np.uint32)
     if not is_ours or data.ndim != (ndim or data.ndim):
         raise InputError(f"{path}: not what data.py writes for this task (-t); run python data.py")
@@ -128,12 +129,15 @@ class DataLoader:
         """Epochs done so far, with their fraction."""
         return self.position / max(1, self.batches_per_epoch)
 
-    def next_batch(self):
-        """This process's next micro-batch: inputs and targets, two int64 arrays (B, T)."""
+    def require_full_batches(self):
+        """Raises InputError naming the file that has too few rows for a single batch."""
         for source, n in zip(self.sources, self.batches, strict=True):
             if n == 0:
                 raise InputError(f"{source.path}: {source.n_rows} rows are fewer than batch_size "
                                  f"{self.batch_size}; lower batch_size")
+
+    def next_batch(self):
+        """This process's next micro-batch: inputs and targets, two int64 arrays (B, T)."""
         epoch, i = divmod(self.position + self.rank, self.batches_per_epoch)
         self.position += self.world_size
         file = 0

@@ -102,6 +102,8 @@ def main():
             text = input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise InputError(f"standard input: not UTF-8 at byte {error.start} of what was read") from None
         if text == "/reset":
             turns = []
         elif text:

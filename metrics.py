@@ -4,6 +4,7 @@
     Step: 100 | Val_loss: 2.1 | Best_val_loss: 2.1 | …
 """
 
+import contextlib
 import os
 import time
 
@@ -41,14 +42,18 @@ class Log:
 
     def write(self, line):
         if self.enabled:
-            self.file.write(line + "\n")
+            try:
+                self.file.write(line + "\n")
+            except OSError as error:
+                raise InputError(f"{self.name}: cannot be written ({error.strerror})") from None
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exception):
         if self.enabled:
-            self.file.close()
+            with contextlib.suppress(OSError):  # what could not be written has been said
+                self.file.close()
 
 
 def parse_line(line):
@@ -71,6 +76,6 @@ def parse_log(path):
     with open(path, encoding="utf-8", errors="replace") as f:
         for line in f:
             fields = parse_line(line)
-            if fields:
+            if fields and line.endswith("\n"):  # a line without its end is still being written
                 (val if "val_loss" in fields else train).append(fields)
     return train, val

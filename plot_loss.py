@@ -70,6 +70,7 @@ def draw(axes, runs, axis):
     axes.clear()
     for i, (label, train, val) in enumerate(runs):
         color, label = f"C{i}", label if len(runs) > 1 else ""
+        train, val = ([line for line in lines if axis in line] for lines in (train, val))
         x, y = [line[axis] for line in train], [line["loss"] for line in train]
         axes.plot(x, y, color=color, alpha=0.25, linewidth=0.8)
         axes.plot(x, running_mean(y, 1 - 2 / (2 + min(50, len(y) / 10))), color=color, linewidth=1.6,
@@ -80,6 +81,8 @@ def draw(axes, runs, axis):
               for line in lines if np.isfinite(line[key])]
     if values and max(values) > 5 * min(values) > 0:
         axes.set_yscale("log")
+        for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            which("{x:.3g}")
     axes.set_xlabel(AXES[axis])
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3, which="both")

@@ -151,8 +151,7 @@ TASKS = {
         generate=numbers, answer=loops, vocabulary=DIGITS, check=check_number,
         settings={"min_number": (0, "smallest number"), "max_number": (99_999_999, "largest number")},
         block_size=lambda settings: len(str(settings["max_number"])) + 3,
-        model=dict(n_layer=2, n_head=4, n_embd=64, activation="relu2", use_rope=False),
-        train=dict(max_steps=1500)),
+        model=dict(n_layer=2, n_head=4, n_embd=64), train=dict(max_steps=2000)),
     "sort": Task(
         generate=digit_strings, answer=lambda text: "".join(sorted(text)), vocabulary=DIGITS,
         check=check_length, settings={"length": (6, "digits in an input")},

@@ -5,17 +5,21 @@
     python train.py -t pretrain --max_steps 500 --learning_rate 1e-3      any setting, over the JSON files
     python train.py -t pretrain --from_checkpoint checkpoint/pretrain_last.pt      continue
     python train.py -t sft --from_checkpoint latest
+    python train.py -t pretrain --verify_resume      is a run that is cut and continued the same, bit for bit?
 
 Settings come from config_pretrain.json or config_sft.json and model_config.json. Checkpoints go to
 checkpoint/, the log to train_<date>_<time>.log. Ctrl-C finishes the step, saves and exits.
 """
 
 import contextlib
+import json
 import math
 import os
 import signal
 import sys
+import tempfile
 import time
+from dataclasses import replace
 
 from config import ROOT, InputError, ModelConfig, Parser, TrainConfig, load_config, run, to_dict
 
@@ -39,9 +43,14 @@ def command_line(doc, add_flags=None):
     return args
 
 
+def add_flags(cli):
+    cli.add_argument("--verify_resume", action="store_true",
+                     help="show that a run which is cut and continued equals one that is not, and exit")
+
+
 if __name__ == "__main__":
     with contextlib.suppress(InputError):  # main() meets it again and prints it
-        command_line(__doc__)
+        command_line(__doc__, add_flags)
 
 import numpy as np
 import torch
@@ -115,6 +124,11 @@ class SingleProcess:
         self.scaler.update()
         self.optimizer.zero_grad()
         return norm if math.isfinite(norm) or not self.scaler.is_enabled() else 0.0
+
+    def skip_step(self):
+        """Clear the gradients of a loss that is not finite. Returns NaN in the place of their norm."""
+        self.model.zero_grad()
+        return math.nan
 
     def sum_over_ranks(self, *values):
         """The sums of some numbers over all processes; of true and false, whether one is true."""
@@ -198,24 +212,27 @@ def fit(model, tokenizer, loader, val_loader, config, strategy, task, start=None
     raw_model, accumulation = model, config.gradient_accumulation_steps // strategy.world_size
     model = strategy.wrap(model, build_optimizer(model, config))
     step, best_val_loss, val_loss, tokens, skipped = 0, math.inf, None, 0, 0
+    losses = []  # of the steps since the last log line
     torch.manual_seed(config.random_seed + 1000 * strategy.rank + 1)  # dropout: another one on each rank
     if start:
         strategy.load(start)
         loader.load_state_dict(start["dataloader"])
         step, best_val_loss, tokens = start["step"], start["best_val_loss"], start["dataloader"]["tokens"]
+        losses = list(start["dataloader"].get("losses", []))
 
     def save(name, fixed_name=None):
         path = os.path.join(CHECKPOINTS, f"{task}_{log.stamp}_{name}.pt")
         strategy.save(path, {
             "format": ckpt.FORMAT, "task": task, "step": step, "best_val_loss": best_val_loss,
             "model_config": to_dict(raw_model.config), "train_config": to_dict(config),
-            "tokenizer_config": tokenizer.to_dict(), "dataloader": {**loader.state_dict(), "tokens": tokens},
+            "tokenizer_config": tokenizer.to_dict(),
+            "dataloader": {**loader.state_dict(), "tokens": tokens, "losses": losses},
         }, f"{task}_{fixed_name}.pt" if fixed_name else None)
 
     model.train()
     began = clock = time.perf_counter()
-    steps_since, loss_since, tokens_since, seconds = 0, 0.0, 0, 0.0  # since the last log line
-    with Log(ROOT, enabled=strategy.is_main) as log, StopRequest() as stop, tqdm(
+    steps_since, tokens_since, seconds = 0, 0, 0.0  # since the last log line of this run
+    with Log(os.path.dirname(CHECKPOINTS), enabled=strategy.is_main) as log, StopRequest() as stop, tqdm(
             total=config.max_steps or None, initial=step, desc=task, unit="step", dynamic_ncols=True,
             disable=not strategy.is_main, mininterval=0.2 if sys.stderr.isatty() else 15) as bar:
         while True:
@@ -225,7 +242,8 @@ def fit(model, tokenizer, loader, val_loader, config, strategy, task, start=None
             signalled, late = strategy.sum_over_ranks(stop.signum > 0, late)
             last_step = signalled or late or (config.max_steps and step >= config.max_steps)
 
-            if not signalled and (step % config.eval_interval == 0 or last_step):
+            # A run cut short must leave no trace when it is continued: it is not validated where it was cut.
+            if not (signalled or late) and (step % config.eval_interval == 0 or last_step):
                 val_loss = validation_loss(model, val_loader, strategy, config, tokenizer)
                 improved, best_val_loss = val_loss < best_val_loss, min(val_loss, best_val_loss)
                 log.write(val_line(step, val_loss, best_val_loss, tokens, elapsed))
@@ -251,23 +269,25 @@ def fit(model, tokenizer, loader, val_loader, config, strategy, task, start=None
                     micro_loss = share * batch_loss(model, strategy, config, tokenizer, x, y)
                     strategy.backward(micro_loss)
                 loss += micro_loss.detach()
-            norm = strategy.step(lr)
             (loss,) = strategy.sum_over_ranks(float(loss) / strategy.world_size)
-            if not math.isfinite(loss) or not math.isfinite(norm):
+            norm = strategy.step(lr) if math.isfinite(loss) else strategy.skip_step()
+            if math.isfinite(norm):
+                losses.append(loss)
+            else:
                 skipped += 1
                 refuse_nonfinite(step, batches, loss, norm, skipped, config, strategy)
 
             step, tokens, steps_since = step + 1, tokens + n_read, steps_since + 1
-            loss_since, tokens_since = loss_since + loss, tokens_since + n_read
+            tokens_since += n_read
             if step % config.log_interval == 0:
                 now = time.perf_counter()
                 seconds, rate = (now - clock) / steps_since, tokens_since / (now - clock)
                 flops = rate * raw_model.flops_per_token(batches[0][0].shape[1])
-                mean = loss_since / steps_since
+                mean = sum(losses) / len(losses) if losses else math.nan
                 log.write(train_line(loader.epoch, step, mean, lr, seconds, rate, flops, tokens, now - began))
                 bar.set_postfix_str(f"loss {mean:.3f}, lr {lr:.1e}, {rate:,.0f} tokens/s, "
                                     f"{flops / 1e12:.3f} TFLOPS", refresh=False)
-                clock, steps_since, loss_since, tokens_since = now, 0, 0.0, 0
+                clock, steps_since, tokens_since, losses = now, 0, 0, []
             bar.update()
     return {"task": task, "step": step, "val_loss": val_loss, "best_val_loss": best_val_loss,
             "tokens": tokens, "seconds": round(time.perf_counter() - began, 1), "log": log.name,
@@ -303,6 +323,10 @@ def starting_point(args, strategy):
             raise InputError(f"--{name} {value}: {path} has {start['model_config'][name]}, and a model's "
                              "shape cannot change")
     resume = start["task"] == args.task
+    optimizer = start["train_config"].get("optimizer", args.train.optimizer)
+    if resume and optimizer != args.train.optimizer:
+        raise InputError(f"optimizer {args.train.optimizer}: {path} was trained with {optimizer}, whose "
+                         f"state it holds; set --optimizer {optimizer}")
     strategy.say(f"{'continuing' if resume else 'weights from'} {path} (step {start['step']})")
     return start, resume
 
@@ -337,6 +361,9 @@ def train(args, strategy):
                   vocab_size=tokenizer.vocab_size)
     loader = DataLoader([pair[0] for pair in paths], **shared)
     val_loader = DataLoader([pair[1] for pair in paths], **shared)
+    loader.require_full_batches()
+    if strategy.is_main:
+        ckpt.prepare_folder(CHECKPOINTS)
     c = model.config
     strategy.say(f"{args.task}: {model.n_params() / 1e6:.2f} M parameters ({c.n_layer} layers, {c.n_embd} "
                  f"wide, vocabulary {c.vocab_size}), {strategy.world_size} × {strategy.device}, "
@@ -356,8 +383,62 @@ def train_and_close(args, strategy):
     return 128 + result["signal"] if result["signal"] else 0
 
 
+class CutAt(SingleProcess):
+    """A process to which Ctrl-C comes in the middle of step `cut`."""
+
+    def __init__(self, cut):
+        self.steps_left = cut
+
+    def step(self, lr):
+        self.steps_left -= 1
+        if self.steps_left == 0:
+            signal.raise_signal(signal.SIGINT)
+        return super().step(lr)
+
+
+def differences(a, b, name):
+    """Names of the values in which two checkpoints differ in a single bit."""
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        return [found for key in a for found in differences(a[key], b[key], f"{name}.{key}")]
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return [found for i, pair in enumerate(zip(a, b, strict=True))
+                for found in differences(*pair, f"{name}.{i}")]
+    same = torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
+    return [] if same else [name]
+
+
+def verify_resume(args, steps=6, cut=3):
+    """Train `steps` steps; train again, cut after `cut`, and continue; compare all that was saved.
+
+    Works in a folder of its own, which is removed. Returns the exit status, 1 if anything differs."""
+    global CHECKPOINTS
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)  # else CUDA adds up in an order left to chance
+    schedule_end = args.train.lr_decay_iters or args.train.max_steps
+    args.train = replace(args.train, max_steps=steps, max_minutes=0.0, from_checkpoint="",
+                         lr_decay_iters=schedule_end)
+    with tempfile.TemporaryDirectory() as folder:
+        saved = []
+        for run_name, strategy, start in (("whole", SingleProcess(), ""), ("cut", CutAt(cut), ""),
+                                          ("cut", SingleProcess(), f"{args.task}_last.pt")):
+            CHECKPOINTS = os.path.join(folder, run_name, "checkpoint")
+            os.makedirs(CHECKPOINTS, exist_ok=True)
+            args.train.from_checkpoint = start and os.path.join(CHECKPOINTS, start)
+            train(args, strategy)
+            saved.append(ckpt.load(os.path.join(CHECKPOINTS, f"{args.task}_last.pt")))
+    whole, _, continued = saved
+    whole["train_config"] = continued["train_config"]  # which checkpoint it started from, in a folder removed
+    found = differences(whole, continued, "checkpoint")
+    print(f"{steps} steps, and {cut} + {steps - cut}: " + (
+        f"different in {len(found)} values, {', '.join(found[:5])}" if found else
+        "the same weights, optimizer, data position, random state and losses, bit for bit"))
+    print(json.dumps({"steps": steps, "cut_after": cut, "identical": not found, "different": found}))
+    return 1 if found else 0
+
+
 def main():
-    return train_and_close(command_line(__doc__), SingleProcess())
+    args = command_line(__doc__, add_flags)
+    return verify_resume(args) if args.verify_resume else train_and_close(args, SingleProcess())
 
 
 if __name__ == "__main__":

@@ -50,8 +50,9 @@ def test_the_defaults_are_the_documented_ones():
         sdp_kernel="flash", dtype="bfloat16", grad_clip=1.0, gradient_accumulation_steps=4).items()
 
 
-@pytest.mark.parametrize("name, cls", [
-    ("model_config.json", ModelConfig), ("config_pretrain.json", TrainConfig), ("config_sft.json", TrainConfig)])
+@pytest.mark.parametrize("name, cls", [("model_config.json", ModelConfig),
+                                       ("config_pretrain.json", TrainConfig),
+                                       ("config_sft.json", TrainConfig)])
 def test_the_shipped_files_are_valid_and_hold_no_persons_paths(name, cls):
     config = load_config(cls, str(REPO / name))
     texts = [config.from_checkpoint, *sum(config.dataset_path, [])] if cls is TrainConfig else []

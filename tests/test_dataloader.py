@@ -177,7 +177,7 @@ def test_spread_is_even_and_without_repeats():
 
 def test_a_batch_larger_than_the_data_is_named(text):
     with pytest.raises(InputError, match=r"text.npy: 24 rows are fewer than batch_size 25"):
-        loader(text(), batch_size=25).next_batch()
+        loader(text(), batch_size=25).require_full_batches()
 
 
 def test_text_shorter_than_a_block_is_named(text):

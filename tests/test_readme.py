@@ -14,10 +14,13 @@ SCRIPTS = ("data", "train", "inference", "evaluate", "plot_loss")
 
 
 def commands(name):
-    """The lines of a README's code blocks that run one of the stages' scripts, without a comment behind."""
+    """The lines of a README's code blocks that run one of the stages' scripts, without a comment behind.
+
+    What follows a training by DeepSpeed is run where one is: in test_deepspeed.py."""
     blocks = re.findall(r"```\w*\n(.*?)```", (REPO / name).read_text(encoding="utf-8"), re.S)
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if re.match(rf"python ({'|'.join(SCRIPTS)})\.py", line)]
+    return [line for line in lines
+            if re.match(rf"python ({'|'.join(SCRIPTS)})\.py", line) and "checkpoint/ds" not in line]
 
 
 def words_of(command):

@@ -1,6 +1,7 @@
 """The training loop: every setting has its effect, the save policy, exact resume, signals."""
 
 import itertools
+import json
 import math
 import os
 import signal
@@ -346,7 +347,8 @@ def same(a, b):
 def what_was_logged(workspace, *results):
     """Steps, losses and rates, as the logs of one or several runs that continue each other tell them."""
     found = [lines(workspace, result) for result in results]
-    return ([[line[key] for key in ("epoch", "step", "loss", "lr", "tokens")] for t, _ in found for line in t],
+    keys = ("epoch", "step", "loss", "lr", "tokens")
+    return ([[line[key] for key in keys] for train_lines, _ in found for line in train_lines],
             {line["step"]: (line["val_loss"], line["best_val_loss"]) for _, v in found for line in v})
 
 
@@ -393,8 +395,8 @@ def test_a_periodic_checkpoint_continues_exactly_too(workspace):
 
 
 def test_time_that_is_up_continues_exactly_too(workspace):
-    """max_minutes, unlike max_steps, cuts a run anywhere: it must leave no trace, not even in the best loss."""
-    words = ["--max_steps", 8, "--eval_interval", 4]
+    """max_minutes, unlike max_steps, cuts a run anywhere: it must leave no trace in the best loss either."""
+    words = ["--max_steps", 8, "--eval_interval", 4, "--learning_rate", 0.5, "--min_lr", 0.5]  # gets worse
     whole = workspace.train(*words)
     expected = workspace.load("pretrain_last.pt")
 
@@ -432,6 +434,28 @@ def test_sft_from_sft_resumes_with_the_dropout_of_its_config(workspace):
                                  "--dropout", 0.4)
     assert [line["step"] for line in lines(workspace, result)[0]] == [4, 5, 6]
     assert built.call_args.args[0].transformer["drop"].p == 0.4
+
+
+def test_another_optimizer_than_the_checkpoints_is_named(workspace):
+    workspace.train("--optimizer", "adamw")
+    message = workspace.refused(train_main, "--from_checkpoint", "checkpoint/pretrain_last.pt", "--optimizer",
+                                "muon")
+    assert "optimizer muon: checkpoint/pretrain_last.pt was trained with adamw" in message
+
+
+def test_verify_resume_shows_that_a_cut_run_is_the_same(workspace, capsys):
+    try:
+        with workspace.here("train.py", "--verify_resume", "--dropout", "0.2"):
+            assert train.main() == 0
+            verdict = json.loads(capsys.readouterr().out.splitlines()[-1])
+            assert verdict == {"steps": 6, "cut_after": 3, "identical": True, "different": []}
+            with mock.patch.object(train, "set_rng_state"):  # a resume that forgets the random state
+                assert train.main() == 1
+            verdict = json.loads(capsys.readouterr().out.splitlines()[-1])
+            assert not verdict["identical"] and any("model" in name for name in verdict["different"])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not list(workspace.path.glob("train_*.log")) and not list(workspace.path.glob("checkpoint/*"))
 
 
 def test_a_shape_flag_that_contradicts_the_checkpoint_is_named(workspace):
@@ -479,8 +503,7 @@ def test_a_signal_finishes_the_step_saves_and_ends_with_its_status(workspace, si
 
 def test_a_second_signal_ends_the_process_at_once(workspace):
     """The first is being obeyed when the second comes: here the save that it asks for never ends."""
-    slow = "import time, train; train.ckpt.save = lambda *_: time.sleep(600); train.run(lambda: train.main(" \
-           "train.command_line(''), train.SingleProcess()))"
+    slow = "import time, train; train.ckpt.save = lambda *_: time.sleep(600); train.run(train.main)"
     process = started(workspace, "-c", slow, *ENDLESS, "--eval_interval", "100000")
     process.send_signal(signal.SIGTERM)
     time.sleep(1.5)
