@@ -281,7 +281,8 @@ def build_model(checkpoint, path="checkpoint", dropout=None):
     values = dict(checkpoint["model_config"])
     if dropout is not None:
         values["dropout"] = dropout
-    model = GPT(from_dict(ModelConfig, values, f"{path}: model_config"))
+    where = f"{path}: model_config"
+    model = GPT(from_dict(ModelConfig, values, where).validate(where))
     try:
         model.load_state_dict(checkpoint["model"])
     except (RuntimeError, AttributeError, TypeError) as error:

@@ -87,7 +87,12 @@ def score_text(model, tokenizer, path):
 
 
 def score_data(model, path):
-    if open_array(path).ndim == 1:
+    data = open_array(path)
+    largest = int((data if data.ndim == 1 else data[:, 0]).max(initial=0))
+    if largest >= model.config.vocab_size:
+        raise InputError(f"{path}: holds token id {largest}, beyond the model's vocabulary of "
+                         f"{model.config.vocab_size}; prepare it with data.py --tokenizer")
+    if data.ndim == 1:
         source = TextBlocks(path, model.config.block_size)
         batches = text_batches(np.asarray(source.tokens), model.config.block_size)
     else:
@@ -107,7 +112,7 @@ def read_pairs(path):
                 number += 1
                 if line.strip():
                     row = json.loads(line)
-                    pairs.append((row["question"], row["answer"]))
+                    pairs.append((row["question"] + "", row["answer"] + ""))  # TypeError if not strings
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError):
@@ -133,6 +138,27 @@ def score_pairs(model, tokenizer, pairs, show):
     return {"exact_match": n_right / len(pairs), "right": n_right, "questions": len(pairs)}
 
 
+def read_choices(path):
+    """The rows of one of C-Eval's files, as dicts. Raises InputError naming the file and the line."""
+    columns = ("question", "A", "B", "C", "D", "answer")
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as f:
+            reader = csv.DictReader(f)
+            rows = []
+            for row in reader:
+                if any(row.get(name) is None for name in columns):
+                    raise InputError(f"{path}, line {reader.line_num}: needs the columns "
+                                     f"{', '.join(columns)}")
+                rows.append(row)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: not a CSV file in UTF-8 ({error})") from None
+    if not rows:
+        raise InputError(f"{path}: holds no questions")
+    return rows
+
+
 @torch.inference_mode()
 def score_choices(model, tokenizer, folder):
     """Answer each question with the option whose text the model finds likeliest, a token on average."""
@@ -141,10 +167,7 @@ def score_choices(model, tokenizer, folder):
         raise InputError(f"{folder}: holds no .csv files")
     scores = {}
     for path in tqdm(paths, desc="multiple choice", unit="subject"):
-        with open(path, encoding="utf-8-sig", newline="") as f:
-            rows = list(csv.DictReader(f))
-        if not rows or not {"question", "A", "B", "C", "D", "answer"} <= set(rows[0]):
-            raise InputError(f"{path}: needs the columns question, A, B, C, D, answer")
+        rows = read_choices(path)
         right = 0
         for row in rows:
             losses = []

@@ -84,6 +84,8 @@ def main():
     check_sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty)
     if args.max_length is not None and args.max_length < 2:
         raise InputError(f"max_length is {args.max_length}, but must be at least 2")
+    if args.seed is not None and not 0 <= args.seed < 2**63:
+        raise InputError(f"seed is {args.seed}, but must be 0 or above and below 2**63")
     device = pick_device(args.device)
     model, tokenizer = ckpt.build_model(ckpt.load(args.model), args.model)
     model.to(device)

@@ -73,7 +73,7 @@ def draw(axes, runs, axis):
         train, val = ([line for line in lines if axis in line] for lines in (train, val))
         x, y = [line[axis] for line in train], [line["loss"] for line in train]
         axes.plot(x, y, color=color, alpha=0.25, linewidth=0.8)
-        axes.plot(x, running_mean(y, 1 - 2 / (2 + min(50, len(y) / 10))), color=color, linewidth=1.6,
+        axes.plot(x, running_mean(y, 1 - 2 / (2 + min(25, len(y) / 20))), color=color, linewidth=1.6,
                   label=f"{label} training".strip())
         axes.plot([line[axis] for line in val], [line["val_loss"] for line in val], "o-", color=color,
                   markersize=4, linewidth=1, markeredgecolor="black", label=f"{label} validation".strip())

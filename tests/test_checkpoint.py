@@ -200,7 +200,7 @@ def test_a_zip_archive_of_something_else_is_refused(tmp_path):
 
 
 def test_a_missing_file_says_what_there_is(trained):
-    with trained.here(), pytest.raises(InputError, match="gone.pt: no such file; there are .*pretrain_last.pt"):
+    with trained.here(), pytest.raises(InputError, match="gone.pt: no such file; there are .*_last.pt"):
         ckpt.load("checkpoint/gone.pt")
 
 
@@ -213,7 +213,7 @@ def test_a_missing_file_says_what_there_is(trained):
     (lambda c: c["model_config"].update(n_embd="32"), "n_embd is '32', but must be of type int"),
     (lambda c: c["tokenizer_config"].pop("itos"), 'the key "itos" is missing'),
     (lambda c: c["tokenizer_config"].update(itos=["a"]), "vocab_size is"),
-    (lambda c: c["tokenizer_config"].update(itos=c["tokenizer_config"]["itos"] + ["X"],
+    (lambda c: c["tokenizer_config"].update(itos=c["tokenizer_config"]["itos"] + ["€"],
                                             vocab_size=c["tokenizer_config"]["vocab_size"] + 1),
      "is larger than the model's"),
 ], ids=range(9))
@@ -407,7 +407,8 @@ def test_a_reference_checkpoint_gives_the_tokens_that_the_reference_would(name):
     for text in ("你好", "呼叫无线电台CQ CQ", "hello BD4SUR", "无线x台€"):
         ids = reference.encode(text)
         assert [int(i) for i in tokenizer.encode(text)] == ids
-        torch.testing.assert_close(model(torch.tensor([ids]))[0][0], reference.logits(ids), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(model(torch.tensor([ids]))[0][0], reference.logits(ids), atol=1e-4,
+                                   rtol=1e-4)
         got = [int(t) for t in generate(model, torch.tensor([ids]), 12, temperature=0)]
         assert got == reference.greedy(ids, 12)
 
@@ -416,9 +417,11 @@ def test_a_reference_checkpoint_gives_the_tokens_that_the_reference_would(name):
 def test_inference_runs_a_reference_checkpoint(workspace, capsys, name):
     """python inference.py -i -m file.pt, with the template's marks as that project spells them."""
     reference = Reference(FIXTURES / name)
-    with workspace.here("inference.py", "-i", "-m", FIXTURES / name, "-p", "你好", "-t", 0, "-r", 1, "-l", 20):
+    words = ["-i", "-m", FIXTURES / name, "-p", "你好", "-t", 0, "-r", 1, "-l", 20]
+    with workspace.here("inference.py", *words):
         inference.main()
-    prompt = [reference.stoi["<|instruct_mark|>"], *reference.encode("你好"), reference.stoi["<|response_mark|>"]]
+    marks = [reference.stoi[mark] for mark in ("<|instruct_mark|>", "<|response_mark|>")]
+    prompt = [marks[0], *reference.encode("你好"), marks[1]]
     expected = reference.greedy(prompt, 20 - len(prompt))
     expected = expected[: expected.index(3)] if 3 in expected else expected
     assert capsys.readouterr().out == "".join(reference.itos[i] for i in expected) + "\n"

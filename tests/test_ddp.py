@@ -139,7 +139,8 @@ def test_a_checkpoint_of_one_process_continues_in_two_and_sigterm_saves(workspac
     assert "continuing" in output and output.count("finishing this step") == 2
     saved, lines = workspace.load("pretrain_last.pt"), parse_log(logs()[0])[0]
     assert saved["step"] == lines[-1]["step"] > 5
-    assert saved["dataloader"] == {"rows": saved["step"] * 2 * 4, "tokens": lines[-1]["tokens"]}
+    assert saved["dataloader"]["rows"] == saved["step"] * 2 * 4
+    assert saved["dataloader"]["tokens"] == lines[-1]["tokens"]
 
 
 def test_accumulation_that_does_not_divide_is_one_clear_line(workspace):

@@ -1,0 +1,153 @@
+"""inference.py: one answer, conversations, long prompts, mistakes."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+from unittest import mock
+
+import pytest
+from conftest import Workspace
+
+import checkpoint as ckpt
+import inference
+
+SFT = "checkpoint/sft_last.pt"
+GREEDY = ["-t", 0, "-r", 1]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A workspace whose model knows the sample pairs by heart."""
+    workspace = Workspace(tmp_path_factory.mktemp("chat"))
+    workspace.train("-t", "sft", "--from_checkpoint", "", "--max_steps", 150, "--learning_rate", 1e-2,
+                    "--eval_interval", 1000, "--batch_size", 16, "--gradient_accumulation_steps", 1)
+    workspace.train("--max_steps", 3)
+    return workspace
+
+
+def said(trained, capsys, *words, stdin=None):
+    """What inference.py prints: standard output and standard error."""
+    capsys.readouterr()
+    stream = io.TextIOWrapper(io.BytesIO((stdin or "").encode()), encoding="utf-8")
+    with trained.here("inference.py", *words), mock.patch.object(sys, "stdin", stream):
+        inference.main()
+    return capsys.readouterr()
+
+
+def test_p_answers_once_and_exits(trained, capsys):
+    assert said(trained, capsys, "-i", "-m", SFT, "-p", "after B?", *GREEDY).out == "C.\n"
+
+
+def test_without_i_a_text_is_continued(trained, capsys):
+    out = said(trained, capsys, "-m", "checkpoint/pretrain_last.pt", "-p", "The", *GREEDY, "-l", 20).out
+    assert len(out.rstrip("\n")) <= 20 and out.endswith("\n")
+
+
+def test_a_conversation_reads_the_turns_before_and_reset_forgets_them(trained, capsys):
+    """The second prompt holds the first turn; after /reset it does not."""
+    prompts = []
+    with mock.patch.object(inference, "answer",
+                           side_effect=lambda model, tok, ids, *_: prompts.append(tok.decode(ids)) or "A."):
+        said(trained, capsys, "-i", "-m", SFT, stdin="after B?\nafter C\n/reset\nafter D\n")
+    ask = "<|InstructMark|>{}<|ResponseMark|>".format
+    assert prompts == [ask("after B?"), ask("after B?") + "A.<|eos|>" + ask("after C"), ask("after D")]
+
+
+def test_a_conversation_from_standard_input_ends_with_it(trained, capsys):
+    out = said(trained, capsys, "-i", "-m", SFT, *GREEDY, stdin="after B?\n\n/reset\nafter C?\n").out
+    assert out == "C.\nD.\n"
+
+
+def test_without_i_every_line_stands_alone_and_reset_is_a_text(trained, capsys):
+    prompts = []
+    with mock.patch.object(inference, "answer",
+                           side_effect=lambda model, tok, ids, *_: prompts.append(tok.decode(ids)) or "x"):
+        said(trained, capsys, "-m", SFT, stdin="The\nletter\n")
+    assert prompts == ["The", "letter"]
+
+
+def test_text_streams_as_it_is_generated(trained, capsys):
+    """Each token is printed, and flushed, before the next is drawn."""
+    printed = []
+    with mock.patch("builtins.print", side_effect=lambda *a, **k: printed.append((a, k.get("flush")))):
+        said(trained, capsys, "-i", "-m", SFT, "-p", "after B?", *GREEDY)
+    assert printed[:2] == [(("C",), True), ((".",), True)]
+
+
+def test_a_long_prompt_keeps_its_end_and_says_so(trained, capsys):
+    question = "C" * 40 + "after B?"
+    result = said(trained, capsys, "-i", "-m", SFT, "-p", question, *GREEDY)
+    assert "(the prompt has 50 tokens; its last 24 are used)" in result.err
+    assert inference.fit_prompt(list(range(10)), 4, 1) == [0, 7, 8, 9]
+    assert inference.fit_prompt(list(range(10)), 4, 0) == [6, 7, 8, 9]
+    assert inference.fit_prompt(list(range(4)), 4, 1) == [0, 1, 2, 3]
+
+
+def test_max_length_counts_the_prompt(trained, capsys):
+    words = ["-m", "checkpoint/pretrain_last.pt", "-p", "letter", "--seed", 1]
+    assert len(said(trained, capsys, *words, "-l", 8).out) <= 2 + 1
+    assert len(said(trained, capsys, *words, "-l", 80, "-k", 0).out) > 33  # beyond the context of 32
+
+
+def test_the_seed_decides_the_text(trained, capsys):
+    words = ["-m", "checkpoint/pretrain_last.pt", "-p", "The", "-l", 30, "-k", 0]
+    first, again, other = (said(trained, capsys, *words, "--seed", seed).out for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_a_questions_special_token_text_is_ordinary_text(trained, capsys):
+    """Nobody ends a turn, or opens one, by typing the mark."""
+    model, tokenizer = ckpt.build_model(ckpt.load(trained.path / SFT))
+    ids = inference.prompt_ids(tokenizer, [], "a<|eos|><|InstructMark|>b", instruct=True)
+    assert ids.count(tokenizer.instruct_id) == ids.count(tokenizer.response_id) == 1
+    assert tokenizer.eos_id not in ids
+    assert tokenizer.eos_id not in inference.prompt_ids(tokenizer, [], "a<|eos|>b", instruct=False)
+
+
+def test_an_empty_prompt_starts_from_bos(trained, capsys):
+    assert said(trained, capsys, "-m", "checkpoint/pretrain_last.pt", "-p", "", "-l", 5).out.endswith("\n")
+
+
+@pytest.mark.parametrize("words, message", [
+    (["-t", "-1"], "temperature is -1.0, but must be 0 or above"),
+    (["-t", "nan"], "temperature is nan"),
+    (["-t", "warm"], "argument -t/--temperature: invalid float value: 'warm'"),
+    (["-k", "-1"], "top_k is -1"),
+    (["-k", "1.5"], "argument -k/--top_k: invalid int value: '1.5'"),
+    (["-r", "0"], "repetition_penalty is 0.0"),
+    (["--top_p", "0"], "top_p is 0.0"),
+    (["--top_p", "1.5"], "top_p is 1.5"),
+    (["-l", "1"], "max_length is 1, but must be at least 2"),
+    (["-l", "-5"], "max_length is -5"),
+    (["--seed", "-1"], "seed is -1"),
+    (["--seed", str(2**64)], "seed is 18446744073709551616"),
+    (["--device", "gpu"], 'device "gpu" is unknown'),
+    (["--temprature", "1"], "did you mean \"--temperature\""),
+    (["-m", "checkpoint/gone.pt"], "gone.pt: no such file; there are "),
+])
+def test_a_mistake_is_one_line(trained, words, message):
+    assert message in trained.refused(inference.main, "-m", SFT, "-p", "x", *words)
+
+
+def test_standard_input_that_is_not_utf8_is_one_line(trained):
+    stream = io.TextIOWrapper(io.BytesIO(b"after B?\n\xff\xfe\n"), encoding="utf-8")
+    with mock.patch.object(sys, "stdin", stream):
+        assert "standard input: not UTF-8" in trained.refused(inference.main, "-m", SFT)
+
+
+def test_ctrl_c_and_end_of_input_leave_cleanly(trained):
+    """A real process: it answers, waits for the next line, and goes without a traceback."""
+    for end, status in ((lambda p: p.stdin.close(), 0), (lambda p: p.send_signal(signal.SIGINT), 130)):
+        process = subprocess.Popen([sys.executable, "inference.py", "-i", "-m", SFT, "-t", "0", "-r", "1"],
+                                   cwd=trained.path, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, env={**os.environ, "PYTHONIOENCODING": "utf-8"})
+        process.stdin.write(b"after B?\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == b"C.\n"
+        end(process)
+        assert process.wait(timeout=20) == status
+        assert b"Traceback" not in process.stderr.read()
+        for stream in (process.stdin, process.stdout, process.stderr):
+            stream.close()
