@@ -56,7 +56,9 @@ def save(path, checkpoint):
             os.fsync(f.fileno())
         os.replace(temporary, path)
         sync_folder(path)
-    except (OSError, RuntimeError) as error:  # torch wraps a failed write in a RuntimeError
+    except (OSError, RuntimeError) as error:
+        while error.__context__ and not isinstance(error, OSError):
+            error = error.__context__  # torch raises a RuntimeError of its own after a failed write
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise InputError(f"{path}: could not be saved ({reason}); earlier checkpoints are whole") from None
     finally:

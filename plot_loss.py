@@ -36,6 +36,7 @@ if not HAS_DISPLAY:
     matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogLocator
 
 from metrics import parse_log
 
@@ -81,8 +82,9 @@ def draw(axes, runs, axis):
               for line in lines if np.isfinite(line[key])]
     if values and max(values) > 5 * min(values) > 0:
         axes.set_yscale("log")
-        for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            which("{x:.3g}")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
     axes.set_xlabel(AXES[axis])
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3, which="both")

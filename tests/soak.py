@@ -103,8 +103,12 @@ def kill_and_continue(workspace, kills, rng, progress=lambda n: None):
     found = {"kills": 0, "in_a_save": 0, "steps": 0, "checkpoints_read": 0}
     for n in range(kills):
         start = ["--from_checkpoint", "latest"] if found["steps"] else []
+        known = set(folder.glob("pretrain_2*.pt"))
         pid = trainer.start(*CONSTANT_SAVES, "--max_steps", 0, *start)
-        time.sleep(rng.uniform(0.05, 0.6))
+        deadline = time.monotonic() + 60
+        while not set(folder.glob("pretrain_2*.pt")) - known and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3))
         os.kill(pid, signal.SIGKILL)
         status = trainer.status()
         assert status == -signal.SIGKILL, (status, (workspace.path / "stderr.txt").read_text())
@@ -241,7 +245,7 @@ def main():
         rooms = [rng.randrange(4096, size * 9 // 10) for _ in range(ARGS.fills)]
         messages, kind = save_without_room(small, ckpt.load(whole), rooms)
         result.update(full_disk=len(messages), full_disk_kind=kind)
-        table.append((f"disk full in the middle of a save ({kind})", len(messages), "the save; old file whole"))
+        table.append((f"disk full in a save ({kind})", len(messages), "that save; the old file is whole"))
         refused, unchanged = flip_bits(whole, scratch, ARGS.flips, rng)
         result.update(bits_flipped=ARGS.flips, refused=refused, read_as_before=unchanged)
         table.append(("one bit flipped", ARGS.flips, f"{refused} refused, {unchanged} read as before"))
