@@ -1,5 +1,6 @@
 # make demo   from nothing to a model that answers, in about ten minutes on two CPU cores
 # make test   the linter and every test
+# make soak   kills, full disks and flipped bits, for minutes (docs/reliability.md)
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +8,7 @@ PY := $(VENV)/bin/python
 SAMPLE := dataset/sample_pretrain.txt
 ASK := $(PY) inference.py -i -m checkpoint/sft_best.pt -t 0 -r 1
 
-.PHONY: install demo test clean
+.PHONY: install demo test soak clean
 
 install: $(VENV)/installed
 
@@ -37,6 +38,9 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
 	$(PY) -m pytest -q tests
+
+soak: $(VENV)/installed-dev
+	OMP_NUM_THREADS=1 $(PY) tests/soak.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__

@@ -23,8 +23,8 @@ from metrics import Log, parse_log
 
 
 def test_a_run_killed_at_random_moments_loses_nothing(workspace):
-    found = soak.kill_and_continue(workspace, 6, random.Random(1))
-    assert found["kills"] == 6 and found["steps"] > 0
+    found = soak.kill_and_continue(workspace, 4, random.Random(1))
+    assert found["kills"] == 4 and found["steps"] > 0
 
 
 @pytest.fixture
@@ -151,6 +151,23 @@ def test_more_than_skip_nonfinite_steps_stop(workspace):
     assert "no step taken" in workspace.refused(train_main, "--learning_rate", 1e30, "--decay_lr", "false",
                                                 "--optimizer", "adamw", "--max_steps", 50,
                                                 "--skip_nonfinite", 3)
+
+
+POISON = """
+import train, train_ddp
+real, rank = train.batch_loss, int(train.os.environ["RANK"])
+train.batch_loss = lambda model, *rest: real(model, *rest) * (float("nan") if rank and model.training else 1.0)
+train_ddp.run_rank(train_ddp.main)
+"""
+
+
+def test_a_bad_number_on_one_rank_stops_all_of_them_before_the_step(workspace):
+    (workspace.path / "poison.py").write_text(POISON)
+    result = workspace.run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "poison.py",
+                           status=1)
+    assert result.stderr.count("error: step 0: loss nan") == 1
+    assert sorted(path.name for path in workspace.path.glob("checkpoint/*")) == \
+        ["nonfinite_step_0_rank_0.npz", "nonfinite_step_0_rank_1.npz"]
 
 
 # ---- Bad input that no other test covers ----
