@@ -5,7 +5,6 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-SAMPLE := dataset/sample_pretrain.txt
 ASK := $(PY) inference.py -i -m checkpoint/sft_best.pt -t 0 -r 1
 
 .PHONY: install demo test soak clean

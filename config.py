@@ -26,6 +26,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 class InputError(Exception):
     """Something that the user gave is wrong. Its text is one line: what, where, and what to do."""
 
+    def __str__(self):
+        return " ".join(super().__str__().splitlines())  # a name in it may hold line breaks
+
 
 def run(main):
     """Call `main()` as a script does: an `InputError` becomes one line on stderr and exit status 2."""

@@ -13,6 +13,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
@@ -26,6 +27,10 @@ import train
 from config import ModelConfig, run
 from model import GPT
 from tokenizer import Tokenizer, encode_conversation
+
+# A busy machine is slow, which says nothing about the program.
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 TINY = dict(block_size=32, n_layer=2, n_head=4, n_embd=32)
 TEXT = "".join(f"<|bos|>The letter {a} follows {b}. 字母{a}在{b}后面。<|eos|>\n"

@@ -155,8 +155,9 @@ def test_more_than_skip_nonfinite_steps_stop(workspace):
 
 POISON = """
 import train, train_ddp
-real, rank = train.batch_loss, int(train.os.environ["RANK"])
-train.batch_loss = lambda model, *rest: real(model, *rest) * (float("nan") if rank and model.training else 1.0)
+real, poisoned = train.batch_loss, train.os.environ["RANK"] == "1"
+train.batch_loss = lambda model, *rest: real(model, *rest) * (
+    train.math.nan if poisoned and model.training else 1.0)
 train_ddp.run_rank(train_ddp.main)
 """
 
