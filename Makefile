@@ -1,6 +1,6 @@
 # make demo   from nothing to a model that answers, in about ten minutes on two CPU cores
 # make test   the linter and every test
-# make soak   kills, full disks and flipped bits, for minutes
+# make soak   kills, full disks and flipped bits, for minutes (docs/reliability.md)
 
 PYTHON ?= python3
 VENV := .venv

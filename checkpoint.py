@@ -119,8 +119,11 @@ def load(path):
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch itself does not compare the checksums
+            for entry in archive.infolist():
+                if entry.external_attr & 0x10:  # torch takes it for a folder and leaves its bytes to chance
+                    damaged = entry.filename
             if damaged:
-                raise InputError(f"{path}: damaged (checksum of {damaged}); take an earlier checkpoint")
+                raise InputError(f"{path}: damaged (in {damaged}); take an earlier checkpoint")
         with torch.serialization.safe_globals(stand_ins()):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

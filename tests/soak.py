@@ -1,6 +1,6 @@
 """Kill, fill and flip for minutes; the suite runs a short form of each (test_reliability.py).
 
-    python tests/soak.py                    about ten minutes
+    python tests/soak.py                    about eight minutes
     python tests/soak.py --kills 20 --flips 500
 
 A run that saves constantly is killed at random moments and continued from the newest valid checkpoint; at the
@@ -26,7 +26,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_argument("--kills", type=int, default=300)
+    cli.add_argument("--kills", type=int, default=200)
     cli.add_argument("--fills", type=int, default=100)
     cli.add_argument("--flips", type=int, default=20000)
     cli.add_argument("--seed", type=int, default=0)

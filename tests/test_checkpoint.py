@@ -175,7 +175,21 @@ def test_a_flipped_bit_in_a_weight_is_named_as_damage(saved, tmp_path):
     content = bytearray(saved.read_bytes())
     weights = torch.load(saved, weights_only=True)["model"]["lm_head.weight"].numpy().tobytes()
     content[content.index(weights) + 100] ^= 1
-    assert "damaged (checksum of " in refusal(tmp_path / "flipped.pt", bytes(content))
+    assert "damaged (in " in refusal(tmp_path / "flipped.pt", bytes(content))
+
+
+def test_a_flipped_bit_that_makes_a_folder_of_a_tensor_is_named_as_damage(saved, tmp_path):
+    """One bit of each entry of the archive's directory, which no checksum covers: torch would then return
+    memory that nobody has written to."""
+    content = saved.read_bytes()
+    with zipfile.ZipFile(saved) as archive:
+        entries, at = len(archive.infolist()), archive.start_dir
+    for _ in range(entries):
+        at = content.index(b"PK\x01\x02", at)
+        damaged = bytearray(content)
+        damaged[at + 38] ^= 0x10  # external attributes
+        assert "damaged (in " in refusal(tmp_path / "flipped.pt", bytes(damaged))
+        at += 46
 
 
 def as_file(value):

@@ -191,6 +191,19 @@ def test_names_with_spaces_and_semicolons_and_chinese_work(tmp_path, capsys):
                            '[["dataset/a b; train%s.npy", "dataset/a b; val%s.npy"]]')["step"] == 7
 
 
+def test_a_single_line_of_200_mb_is_prepared_in_little_memory(workspace):
+    line = "无线电 abc " * 1024
+    with open(workspace.path / "long.txt", "w", encoding="utf-8") as f:
+        for _ in range(200 * 2**20 // len(line.encode())):
+            f.write(line)
+    measure = "import data, resource; status = data.main(); " \
+              "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    result = workspace.run("-c", measure, "--pretrain", "long.txt", "--out", workspace.path / "dataset")
+    assert int(result.stdout.splitlines()[-1]) < 400 * 1024  # kilobytes
+    ids = np.load(workspace.path / "dataset" / "pretrain_train.npy", mmap_mode="r")
+    assert len(ids) > 0.9 * 200 * 2**20 / len(line.encode()) * len(line)
+
+
 @pytest.mark.parametrize("words, message", [
     (["--batch_size", 5000], "pretrain_train.npy: 199 rows are fewer than batch_size 5000; lower batch_size"),
     (["--dataset_path", "[]"], "dataset_path is not set"),
