@@ -13,7 +13,7 @@ import json
 import math
 import os
 import sys
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Literal, get_args, get_origin, get_type_hints
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
@@ -46,7 +46,7 @@ def run(main):
 
 
 def option(default, help, **limits):
-    """A config field with its help text and its limits (`above`, `least`, `below`, `most`)."""
+    """A config field with its help text and its limits (`above`, `least`, `below`)."""
     metadata = {"help": help, **limits}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -275,8 +275,3 @@ def load_config(cls, path, overrides=None):
     from_dict(cls, values, where)
     config = from_dict(cls, {**values, **(overrides or {})}, "command line")
     return config.validate(f"{where} with the command line" if overrides else where)
-
-
-def to_dict(config):
-    """A config as a plain dict, for a checkpoint."""
-    return asdict(config)

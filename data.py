@@ -37,6 +37,7 @@ DATASET = os.path.normpath(os.path.join(os.path.relpath(ROOT), "dataset"))
 SIDES = ("training", "validation")
 CHUNK_BYTES = 1 << 21  # read at once; small enough for the arrays made of it to stay in the cache
 LONGEST_DOCUMENT = 1 << 20  # characters; the parts of a longer one are treated as documents
+LONGEST_ROW = 1 << 24  # bytes of a line of JSONL: what holds more is a mistake, and is not read into memory
 BUCKETS = 1 << 16  # that texts are sorted into; a bucket is for training or for validation
 FEWEST_DOCUMENTS = 20  # of fewer, whole documents are too coarse a choice
 ROWS_AT_ONCE = 1000
@@ -338,8 +339,14 @@ def pair_messages(messages):
 def read_conversations(path, verb, complain):
     """Yield the turns of each good row of a JSONL file; bad ones go to `complain(line number, reason)`."""
     with open(path, "rb") as file, progress(path, verb) as bar:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(partial(file.readline, LONGEST_ROW), b""), 1):
             bar.update(len(line))
+            if len(line) == LONGEST_ROW and not line.endswith(b"\n"):
+                while line and not line.endswith(b"\n"):  # pass over the rest of the line
+                    line = file.readline(LONGEST_ROW)
+                    bar.update(len(line))
+                complain(number, f"longer than {LONGEST_ROW >> 20} MB")
+                continue
             line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if not line.strip():
                 continue

@@ -15,8 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from config import InputError, ModelConfig
-
-IGNORE = -1  # a target that carries no loss
+from dataloader import IGNORE
 
 
 class KVCache:

@@ -216,9 +216,10 @@ import torch
 from tqdm import tqdm
 
 import checkpoint as ckpt
+from dataloader import IGNORE
 from device import pick_device
 from generate import complete, generate_all_at_once
-from model import GPT, IGNORE
+from model import GPT
 from tokenizer import Tokenizer
 from train import SingleProcess, fit, starting_point
 

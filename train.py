@@ -19,9 +19,9 @@ import signal
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
-from config import ROOT, InputError, ModelConfig, Parser, TrainConfig, load_config, run, to_dict
+from config import ROOT, InputError, ModelConfig, Parser, TrainConfig, load_config, run
 
 
 def command_line(doc, add_flags=None):
@@ -57,10 +57,10 @@ import torch
 from tqdm import tqdm
 
 import checkpoint as ckpt
-from dataloader import DataLoader
+from dataloader import IGNORE, DataLoader
 from device import DTYPES, pick_device, pick_dtype, rng_state, set_rng_state, set_sdp_kernel
 from metrics import Log, train_line, val_line
-from model import GPT, IGNORE, documents_of
+from model import GPT, documents_of
 from optimizer import build_optimizer, learning_rate
 from tokenizer import Tokenizer
 
@@ -218,15 +218,16 @@ def fit(model, tokenizer, loader, val_loader, config, strategy, task, start=None
         strategy.load(start)
         loader.load_state_dict(start["dataloader"])
         step, best_val_loss, tokens = start["step"], start["best_val_loss"], start["dataloader"]["tokens"]
-        losses = list(start["dataloader"].get("losses", []))
+        losses, skipped = list(start["dataloader"].get("losses", [])), start["dataloader"].get("skipped", 0)
 
     def save(name, fixed_name=None):
         path = os.path.join(CHECKPOINTS, f"{task}_{log.stamp}_{name}.pt")
         strategy.save(path, {
             "format": ckpt.FORMAT, "task": task, "step": step, "best_val_loss": best_val_loss,
-            "model_config": to_dict(raw_model.config), "train_config": to_dict(config),
+            "model_config": asdict(raw_model.config), "train_config": asdict(config),
             "tokenizer_config": tokenizer.to_dict(),
-            "dataloader": {**loader.state_dict(), "tokens": tokens, "losses": losses},
+            "dataloader": {**loader.state_dict(), "tokens": tokens, "losses": losses,
+                           "skipped": skipped},
         }, f"{task}_{fixed_name}.pt" if fixed_name else None)
 
     model.train()

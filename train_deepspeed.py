@@ -11,6 +11,7 @@ a folder a checkpoint, written by all processes (on several machines: to a file 
 
 import contextlib
 import logging
+import math
 import os
 import re
 import shutil
@@ -116,6 +117,10 @@ class Zero(DataParallel):
             model=model, optimizer=self.build_adamw(groups), config=self.engine_config())[0]
         for name, buffer in model.named_buffers():
             buffer.data = buffers[name]  # RoPE's angles stay in float32 where the weights are in bfloat16
+        self.nonfinite = torch.zeros((), dtype=torch.bool, device=self.device)
+        if self.dtype is not torch.float16:  # whose overflows the engine answers with a lower loss scale
+            for p in model.parameters():
+                p.register_hook(self.note_nonfinite)
         model.n_params = lambda: n_params  # stage 3 leaves each process with empty parameters
         return self.engine
 
@@ -162,11 +167,18 @@ class Zero(DataParallel):
         self.engine.set_gradient_accumulation_boundary(last)
         return contextlib.nullcontext()
 
+    def note_nonfinite(self, grad):
+        """Called with every gradient before the engine reduces it; all but stage 2 would step with a NaN."""
+        self.nonfinite |= ~torch.isfinite(grad).all()
+
     def backward(self, loss):
         self.engine.backward(loss, scale_wrt_gas=False)  # the loop has divided it already
 
     def step(self, lr):
-        """Returns the gradient norm; under float16 an overflow is 0, as in SingleProcess."""
+        """Returns the gradient norm; NaN, and no step taken, if a gradient on any rank is not finite. Under
+        float16 an overflow is 0, as in SingleProcess."""
+        if self.sum_over_ranks(bool(self.nonfinite))[0]:
+            return math.nan
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         norm = None

@@ -1,6 +1,7 @@
 """Settings: where a value comes from, and what is refused with which words."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 from conftest import REPO, train_main
@@ -17,7 +18,6 @@ from config import (
     load_config,
     nearest,
     read_json,
-    to_dict,
 )
 
 
@@ -40,10 +40,10 @@ def test_a_value_comes_from_the_flag_then_the_file_then_the_default(write):
 
 
 def test_the_defaults_are_the_documented_ones():
-    assert to_dict(ModelConfig()).items() >= dict(
+    assert asdict(ModelConfig()).items() >= dict(
         block_size=256, vocab_size=10000, n_layer=4, n_head=4, n_embd=256, dropout=0.0, bias=False,
         use_rope=True, norm_eps=1e-5, is_causal=True).items()
-    assert to_dict(TrainConfig()).items() >= dict(
+    assert asdict(TrainConfig()).items() >= dict(
         dropout=0.0, learning_rate=6e-4, weight_decay=1e-1, beta1=0.9, beta2=0.99, decay_lr=True,
         warmup_iters=300, lr_decay_iters=100000, min_lr=6e-5, batch_size=100, random_seed=1337,
         dataset_path=[], eval_interval=100, log_interval=1, eval_iters=5, backend="nccl", device="cuda",
@@ -61,7 +61,7 @@ def test_the_shipped_files_are_valid_and_hold_no_persons_paths(name, cls):
 
 def test_a_config_survives_the_way_through_a_dict(write):
     config = load_config(TrainConfig, write({"dataset_path": [["a", "b"], ["c", "d"]], "max_minutes": 3}))
-    assert from_dict(TrainConfig, json.loads(json.dumps(to_dict(config))), "x") == config
+    assert from_dict(TrainConfig, json.loads(json.dumps(asdict(config))), "x") == config
     assert config.max_minutes == 3.0 and isinstance(config.max_minutes, float)
 
 
@@ -219,7 +219,7 @@ def test_any_json_gives_a_valid_config_or_one_line(cls, data):
     except InputError as error:
         assert str(error).startswith("here: ") and "\n" not in str(error)
     else:
-        assert all(type(value) is type(getattr(cls(), name)) for name, value in to_dict(config).items())
+        assert all(type(value) is type(getattr(cls(), name)) for name, value in asdict(config).items())
 
 
 @given(text=st.text(st.characters(codec="utf-8")) | st.text('{}[]":,0123456789eE.-nultr\\ '))

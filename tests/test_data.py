@@ -385,6 +385,21 @@ def test_a_row_that_is_not_utf8_is_named_by_line(tmp_path, capsys):
     assert "line 61: not UTF-8 at byte 14 of the line" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("extra, bad", [(0, 0), (1, 1), (50, 1), (130, 1)])
+@pytest.mark.parametrize("end", ["\n", ""])
+def test_a_row_up_to_the_longest_is_read_and_a_longer_one_passed_over(tmp_path, capsys, monkeypatch, extra,
+                                                                     bad, end):
+    row = json.dumps({"question": "q", "answer": "a" * (100 + extra)})
+    monkeypatch.setattr(data, "LONGEST_ROW", len(row) - extra + 1)  # its line end counts
+    path = write_text(tmp_path / "a.jsonl", PAIR_LINES.rstrip("\n") + "\n" + row + end)
+    data.main(["--sft", path, "--out", str(tmp_path / "out"), "--block_size", "300"])
+    printed = capsys.readouterr()
+    assert ("line 61: longer than 0 MB; skipped" in printed.err) == bool(bad)
+    numbers = json.loads(printed.out.splitlines()[-1])["sft"]
+    assert numbers["bad_rows"] == bad
+    assert numbers["training"]["rows"] + numbers["validation"]["rows"] == 60 + 1 - bad
+
+
 @pytest.mark.parametrize("content, complaint", [
     ("", "is empty"), ("\n\n", "is empty"), ("{\n[]", "no row that can be used")])
 def test_a_file_without_one_good_row_is_refused(prepare, tmp_path, content, complaint):

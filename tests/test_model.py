@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from conftest import TINY
 
 from config import InputError, ModelConfig
+from dataloader import IGNORE
 from device import set_sdp_kernel
-from model import GPT, IGNORE, KVCache, apply_rope, documents_of, positions_in, rope_table
+from model import GPT, KVCache, apply_rope, documents_of, positions_in, rope_table
 
 # Every option of the model, alone, and all of them together.
 VARIANTS = {

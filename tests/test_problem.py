@@ -9,7 +9,7 @@ from conftest import REPO
 
 import problem
 from config import InputError
-from model import IGNORE
+from dataloader import IGNORE
 from problem import TASKS, ProblemLoader, draw, evaluate, read_input, score
 from tokenizer import Tokenizer
 

@@ -154,6 +154,15 @@ def test_more_than_skip_nonfinite_steps_stop(workspace):
                                                 "--skip_nonfinite", 3)
 
 
+def test_skipped_steps_are_still_counted_after_a_resume(workspace):
+    with broken_at(1, lambda loss: loss * float("nan")):
+        workspace.train("--skip_nonfinite", 1, "--lr_decay_iters", 10)
+    with broken_at(1, lambda loss: loss * float("nan")):
+        assert "step 7: loss nan" in workspace.refused(
+            train_main, "--skip_nonfinite", 1, "--from_checkpoint", "latest", "--max_steps", 9,
+            "--lr_decay_iters", 10)
+
+
 POISON = """
 import train, train_ddp
 real, poisoned = train.batch_loss, train.os.environ["RANK"] == "1"
@@ -168,6 +177,44 @@ def test_a_bad_number_on_one_rank_stops_all_of_them_before_the_step(workspace):
     result = workspace.run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "poison.py",
                            status=1)
     assert result.stderr.count("error: step 0: loss nan") == 1
+    assert sorted(path.name for path in workspace.path.glob("checkpoint/*")) == \
+        ["nonfinite_step_0_rank_0.npz", "nonfinite_step_0_rank_1.npz"]
+
+
+POISONED_GRADIENT = """
+import json, os, sys
+import train, train_deepspeed
+
+class PoisonedGradient(train.torch.autograd.Function):  # what is computed stays finite
+    forward = staticmethod(lambda ctx, loss: loss.clone())
+    backward = staticmethod(lambda ctx, grad: grad * train.math.nan)
+
+class Watched(train_deepspeed.Zero):
+    def wrap(self, *args):
+        engine = super().wrap(*args)
+        real = engine.step
+        engine.step = lambda: (print("a step was taken", flush=True), real())
+        return engine
+
+def main():
+    real, poisoned = train.batch_loss, os.environ["RANK"] == "1"
+    train.batch_loss = lambda model, *rest: (PoisonedGradient.apply(real(model, *rest)) if poisoned and
+                                             model.training else real(model, *rest))
+    zero = {"zero_optimization": json.loads(sys.argv.pop(1))}
+    return train.train_and_close(train_deepspeed.command_line(), Watched(zero, "x"))
+
+train_deepspeed.run_rank(main)
+"""
+
+
+@pytest.mark.parametrize("zero", [{"stage": 0}, {"stage": 2},
+                                  {"stage": 3, "stage3_param_persistence_threshold": 0}], ids=["0", "2", "3"])
+def test_a_bad_gradient_on_one_rank_stops_deepspeed_before_the_step(workspace, zero):
+    (workspace.path / "poison.py").write_text(POISONED_GRADIENT)
+    result = workspace.run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "poison.py",
+                           json.dumps(zero), status=1)
+    assert result.stderr.count("gradient norm nan; no step taken") == 1, result.stderr
+    assert "a step was taken" not in result.stdout
     assert sorted(path.name for path in workspace.path.glob("checkpoint/*")) == \
         ["nonfinite_step_0_rank_0.npz", "nonfinite_step_0_rank_1.npz"]
 
@@ -192,19 +239,38 @@ def test_names_with_spaces_and_semicolons_and_chinese_work(tmp_path, capsys):
                            '[["dataset/a b; train%s.npy", "dataset/a b; val%s.npy"]]')["step"] == 7
 
 
+# VmHWM, not getrusage: the latter also counts what the process that forked, pytest with torch, held.
+MEASURE = "import data; data.main(); " \
+          "print(*(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_single_line_of_200_mb_is_prepared_in_little_memory(workspace):
     line = "无线电 abc " * 1024
     with open(workspace.path / "long.txt", "w", encoding="utf-8") as f:
         for _ in range(200 * 2**20 // len(line.encode())):
             f.write(line)
-    # VmHWM, not getrusage: the latter also counts what the process that forked, pytest with torch, held.
-    measure = "import data; data.main(); " \
-              "print(*(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
-    result = workspace.run("-c", measure, "--pretrain", "long.txt", "--out", workspace.path / "dataset")
+    result = workspace.run("-c", MEASURE, "--pretrain", "long.txt", "--out", workspace.path / "dataset")
     assert int(result.stdout.splitlines()[-1]) < 400 * 1024  # kilobytes
     ids = np.load(workspace.path / "dataset" / "pretrain_train.npy", mmap_mode="r")
     assert len(ids) > 0.9 * 200 * 2**20 / len(line.encode()) * len(line)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_row_of_200_mb_is_named_and_never_read_into_memory(workspace):
+    row, good = "无线电 abc " * 1024, [json.dumps({"question": f"q{i}", "answer": "a"}) for i in range(20)]
+    with open(workspace.path / "long.jsonl", "w", encoding="utf-8") as f:
+        f.write('{"question": "q", "answer": "')
+        for _ in range(200 * 2**20 // len(row.encode())):
+            f.write(row)
+        f.write('"}\n' + "\n".join(good))
+    result = workspace.run("-c", MEASURE, "--sft", "long.jsonl", "--out", workspace.path / "dataset")
+    assert "long.jsonl, line 1: longer than 16 MB; skipped" in result.stderr
+    assert int(result.stdout.splitlines()[-1]) < 250 * 1024  # kilobytes
+    numbers = json.loads(result.stdout.splitlines()[-2])["sft"]
+    assert numbers["training"]["rows"] + numbers["validation"]["rows"] == 20
+    assert "longer than 16 MB" in workspace.run("data.py", "--sft", "long.jsonl", "--strict", "--out",
+                                                workspace.path / "dataset", status=2).stderr
 
 
 @pytest.mark.parametrize("words, message", [

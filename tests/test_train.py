@@ -19,9 +19,8 @@ import device
 import train
 from checkpoint import build_model
 from config import TrainConfig
-from dataloader import DataLoader
+from dataloader import IGNORE, DataLoader
 from metrics import parse_log
-from model import IGNORE
 from optimizer import build_optimizer, learning_rate
 
 
