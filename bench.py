@@ -5,12 +5,22 @@
     python bench.py generate                 tokens/s with and without the KV cache, one sequence and 32
     python bench.py sdpa                     the attention kernels, relative time and memory
     python bench.py data --megabytes 500     encoding, decoding, data.py from file to file, its peak memory
+    python bench.py sft --rows dataset/sft_train.npy       pairs/s of trimmed batches beside full padding
+    python bench.py speedrun --text input.txt              seconds to loss 1.886 on tinyshakespeare
+    python bench.py speedrun --text input.txt --baseline   and those of nanoGPT's settings in this same code
+    python bench.py growth                   speed and memory as width, block, batch and length grow; a plot
 
 The ways are timed in turns, several times; the table shows medians. Machines are shared, so compare ratios
 within one run. The last line on standard output is one JSON object.
 """
 
+import time
+
+START = time.perf_counter()  # `speedrun` counts the imports too
+
+import argparse
 import json
+import math
 import os
 import platform
 import random
@@ -18,7 +28,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 
 from config import ROOT, InputError, ModelConfig, Parser, TrainConfig, run
 
@@ -27,8 +36,14 @@ SMALL = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_siz
 
 def command_line(words=None):
     cli = Parser(__doc__)
-    cli.add_argument("what", choices=("train", "generate", "sdpa", "data"))
+    cli.add_argument("what", choices=("train", "generate", "sdpa", "data", "sft", "speedrun", "growth"))
     cli.add_argument("--batch_size", type=int, default=16)
+    cli.add_argument("--rows", default=os.path.join(ROOT, "dataset", "sft_train.npy"), metavar="FILE",
+                     help="instruction data for `sft`, prepared by data.py (default dataset/sft_train.npy)")
+    cli.add_argument("--text", metavar="FILE", help="tinyshakespeare's input.txt, for `speedrun`")
+    cli.add_argument("--baseline", action="store_true", help="`speedrun` in turns with nanoGPT's settings")
+    cli.add_argument("--recipe", choices=("ours", "nanogpt"), help="one `speedrun`, in this process")
+    cli.add_argument("--plot", default="growth.png", metavar="FILE", help="for `growth` (default growth.png)")
     cli.add_argument("--repeats", type=int, default=3, help="turns (default 3)")
     cli.add_argument("--seconds", type=float, default=4.0, help="least time a turn of one way (default 4)")
     cli.add_argument("--megabytes", type=int, default=200, help="size of the text for `data` (default 200)")
@@ -49,9 +64,10 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dataloader import IGNORE, DataLoader
 from device import matmul_flops, pick_device, pick_dtype
-from generate import generate
-from model import GPT
+from generate import decode_one_token, generate
+from model import GPT, KVCache
 from optimizer import build_optimizer
 from tokenizer import Tokenizer
 
@@ -75,14 +91,21 @@ def in_turns(ways, args, device):
     return {name: statistics.median(turn[name] for turn in turns) for name in ways}
 
 
+def tensors(batch, device):
+    """A loader's batch, numpy arrays, on the device."""
+    return [torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in batch]
+
+
 def table(rows, columns):
     print("".join(f"{c:>16}" if i else f"{c:34}" for i, c in enumerate(columns)))
     for row in rows:
         print("".join(f"{c:>16}" if i else f"{c:34}" for i, c in enumerate(row)))
 
 
-def training_step(args, device, dtype, optimizer="adamw", compile=False):
-    """A function that takes one training step on random tokens, returning how many it read; and its model."""
+def training_step(args, device, dtype, optimizer="adamw", compile=False, next_batch=None):
+    """A function that takes one training step, returning how many tokens it read; and its model.
+
+    next_batch: gives inputs and targets (B, T); by default random tokens, batch_size × block_size."""
     torch.manual_seed(0)
     model = GPT(args.model).to(device)
     if compile:
@@ -91,13 +114,14 @@ def training_step(args, device, dtype, optimizer="adamw", compile=False):
     tokens = torch.randint(args.model.vocab_size, (args.batch_size, args.model.block_size + 1), device=device)
 
     def step():
+        x, y = next_batch() if next_batch else (tokens[:, :-1], tokens[:, 1:])
         with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
-            loss = model(tokens[:, :-1], tokens[:, 1:])[1]
+            loss = model(x, y)[1]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizers.step()
         optimizers.zero_grad()
-        return args.batch_size * args.model.block_size
+        return x.numel()
     return step, model
 
 
@@ -116,7 +140,13 @@ def bench_train(args, device):
              f"{r * flops / peak[torch.float32 if 'float32' in name else best]:.0%}")
             for name, r in rates.items()]
     table(rows, ("way to train", "tokens/s", "TFLOPS", "against first", "of matmul rate"))
-    return {"parameters": GPT(args.model).n_params(), "tokens_per_second": rates,
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(f"{folder}/x.npy", np.zeros(4_000_000, np.uint16))
+        loader = DataLoader([f"{folder}/x.npy"], "pretrain", args.model.block_size, args.batch_size)
+        loading = 1 / rate(lambda: len([tensors(loader.next_batch(), device)]), args.seconds / 4, device)
+    waiting = loading * max(rates.values()) / (args.batch_size * args.model.block_size)
+    print(f"a batch is read in {1e3 * loading:.2f} ms: {waiting:.2%} of the fastest way's step spent waiting")
+    return {"parameters": GPT(args.model).n_params(), "tokens_per_second": rates, "waiting_share": waiting,
             "tflops": {name: r * flops / 1e12 for name, r in rates.items()},
             "matmul_tflops": {str(dtype): p / 1e12 for dtype, p in peak.items()}}
 
@@ -232,9 +262,133 @@ def bench_data(args, device):
     return {"megabytes_per_second": rates, "file_megabytes": megabytes, "peak_memory_megabytes": peak}
 
 
+def bench_sft(args, device):
+    """Training on the same instruction rows, in batches trimmed to their longest row and padded to the block."""
+    block_size, dtype = args.model.block_size, pick_dtype("bfloat16", device)
+    loader = DataLoader([args.rows], "sft", block_size, args.batch_size)
+    loader.require_full_batches()
+    args.model.vocab_size = int(loader.sources[0].data[:, 0].max()) + 1
+
+    def pad(batch):
+        width = ((0, 0), (0, block_size - batch[0].shape[1]))
+        return [np.pad(array, width, constant_values=fill) for array, fill in zip(batch, (0, IGNORE), strict=True)]
+
+    widths = []
+
+    def trimmed():
+        batch = loader.next_batch()
+        widths.append(batch[0].shape[1])
+        return tensors(batch, device)
+
+    steps = {"trimmed to the longest row": training_step(args, device, dtype, next_batch=trimmed),
+             "padded to the block": training_step(args, device, dtype,
+                                                  next_batch=lambda: tensors(pad(loader.next_batch()), device))}
+    model = steps["trimmed to the longest row"][1].eval()
+    losses = {"trimmed to the longest row": [], "padded to the block": []}
+    with torch.inference_mode():
+        for batch in loader.fixed_batches(4):
+            for way, some in zip(losses, (batch, pad(batch)), strict=True):
+                losses[way].append(float(model(*tensors(some, device))[1]))
+    model.train()
+    rates = in_turns({way: lambda step=step: step() and args.batch_size for way, (step, _) in steps.items()},
+                     args, device)
+    base = rates["padded to the block"]
+    table([(way, f"{r:,.1f}", f"{r / base:.2f}", f"{statistics.mean(losses[way]):.6f}")
+           for way, r in rates.items()], ("batches of instruction rows", "pairs/s", "against padded", "loss"))
+    print(f"{statistics.mean(widths):.0f} tokens to a trimmed row, {block_size} to a padded one")
+    return {"pairs_per_second": rates, "ratio": rates["trimmed to the longest row"] / base, "losses": losses,
+            "mean_width": statistics.mean(widths)}
+
+
+def memory_of(work, device):
+    """Peak memory in MB while `work()` runs: of the process on a CPU (Linux), of the allocator on CUDA."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return torch.cuda.max_memory_allocated() / 1e6
+    try:
+        with open("/proc/self/clear_refs", "w") as f:
+            f.write("5")  # the peak counts from here
+    except OSError:
+        return 0
+    work()
+    return resident_megabytes("self")
+
+
+def bench_growth(args, device):
+    """How speed and memory grow with one quantity at a time, the others as in the arguments."""
+    dtype, base, tokens = pick_dtype("bfloat16", device), vars(args.model), 2048
+
+    def step(batch_size, **shape):
+        model = ModelConfig(**{**base, **shape}).validate()
+        return training_step(argparse.Namespace(model=model, batch_size=batch_size), device, dtype)
+
+    def gigaflops(batch_size, **shape):
+        work, model = step(batch_size, **shape)
+        return in_turns({0: work}, args, device)[0] * model.flops_per_token() / 1e9
+
+    def decoding(length):
+        """Tokens a second with `length` - 1 tokens before them: with the cache, and reading all again."""
+        model = GPT(ModelConfig(**{**base, "block_size": length})).to(device).eval()
+        idx = torch.randint(args.model.vocab_size, (1, length), device=device)
+        cache = KVCache(model.config, 1, length, device)
+
+        def cached():
+            cache.n_tokens = length - 1
+            return len(decode_one_token(model, idx[:, -1], cache))
+
+        with torch.inference_mode():
+            return in_turns({"cached": cached, "uncached": lambda: len(model(idx, last_only=True)[0])},
+                            args, device)
+
+    lengths = (64, 128, 256, 512, 1024, 2048)
+    result = {
+        "gflops_by_width": {n: gigaflops(8, n_embd=n, n_head=n // 64) for n in (128, 256, 384, 512, 768, 1024)},
+        "gflops_by_block": {n: gigaflops(tokens // n, block_size=n) for n in lengths},
+        "megabytes_by_batch": {n: memory_of(step(n)[0], device) for n in (1, 2, 4, 8, 16, 32)},
+        "tokens_per_second_by_length": {n: decoding(n) for n in lengths}}
+    table([(f"width {n}", f"{r:,.0f}") for n, r in result["gflops_by_width"].items()],
+          ("training, 8 rows", "GFLOPS"))
+    table([(f"block {n}", f"{r:,.0f}") for n, r in result["gflops_by_block"].items()],
+          (f"training, {tokens} tokens a step", "GFLOPS"))
+    table([(f"batch {n}", f"{m:,.0f}") for n, m in result["megabytes_by_batch"].items()],
+          ("training", "peak MB"))
+    table([(f"token {n}", f"{r['cached']:,.0f}", f"{r['uncached']:,.1f}")
+           for n, r in result["tokens_per_second_by_length"].items()], ("generation, tokens/s", "cached", "uncached"))
+    plot_growth(result, args.plot)
+    print(args.plot)
+    return result
+
+
+def plot_growth(result, path):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, 4, figsize=(15, 3.4), layout="constrained")
+    decoding = result["tokens_per_second_by_length"]
+    panels = (("training by width", "n_embd", "GFLOPS", {"": result["gflops_by_width"]}),
+              ("training by block", "block_size", "GFLOPS", {"": result["gflops_by_block"]}),
+              ("memory of a training step", "batch_size", "peak MB", {"": result["megabytes_by_batch"]}),
+              ("generation by length", "tokens before", "tokens/s",
+               {way: {n: rates[way] for n, rates in decoding.items()} for way in ("cached", "uncached")}))
+    for axis, (title, x, y, lines) in zip(axes, panels, strict=True):
+        for label, points in lines.items():
+            axis.plot(list(points), list(points.values()), "o-", label=label)
+        axis.set(title=title, xlabel=x, ylabel=y, xscale="log")
+        axis.set_xticks(list(points), map(str, points), rotation=45)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[3].set_yscale("log")
+    axes[3].legend()
+    for axis in axes[:3]:
+        axis.set_ylim(bottom=0)
+    figure.savefig(path, dpi=110)
+
+
 def main(args):
     device = pick_device(args.device)
-    benches = {"train": bench_train, "generate": bench_generate, "sdpa": bench_sdpa, "data": bench_data}
+    benches = {"train": bench_train, "generate": bench_generate, "sdpa": bench_sdpa, "data": bench_data,
+               "sft": bench_sft, "speedrun": bench_speedrun, "growth": bench_growth}
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {device}, "
           f"torch {torch.__version__}, numpy {np.__version__}")
     result = benches[args.what](args, device)

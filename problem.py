@@ -48,6 +48,7 @@ class Task:
     check: Callable  # (input, settings) raises InputError for an input that training would not draw
     model: dict = field(default_factory=dict)  # over the defaults of ModelConfig
     train: dict = field(default_factory=dict)  # over TRAIN
+    practice: Callable | None = None  # draws the training's inputs, where they are not to be as the test's
     labels: Callable | None = None  # (input, settings) → [(position, character)]: more targets on the input
     show: Callable = str  # an input as people write it
 
@@ -79,6 +80,20 @@ def numbers(rng, n, settings):
     digits = rng.integers(len(str(low)), len(str(high)) + 1, n)
     least = np.where(digits == 1, 0, 10 ** (digits - 1))
     return list(map(str, rng.integers(np.maximum(low, least), np.minimum(high, 10**digits - 1) + 1).tolist()))
+
+
+def numbers_with_eights(rng, n, settings):
+    """`numbers`, but in half of them a random share of the digits has become eights, where that is in range.
+
+    In plain draws a high count is so rare that training hardly meets it."""
+    texts = numbers(rng, n, settings)
+    shares = rng.random(n) * (rng.random(n) < 0.5)
+    for i, share in enumerate(shares):
+        drawn = rng.random(len(texts[i])) < share
+        text = "".join("8" if eight else digit for digit, eight in zip(texts[i], drawn, strict=True))
+        if settings["min_number"] <= int(text) <= settings["max_number"]:
+            texts[i] = text
+    return texts
 
 
 def loops(text):
@@ -148,7 +163,7 @@ def closed_values(text, settings):
 DIGITS = "0123456789"
 TASKS = {
     "q": Task(
-        generate=numbers, answer=loops, vocabulary=DIGITS, check=check_number,
+        generate=numbers, practice=numbers_with_eights, answer=loops, vocabulary=DIGITS, check=check_number,
         settings={"min_number": (0, "smallest number"), "max_number": (99_999_999, "largest number")},
         block_size=lambda settings: len(str(settings["max_number"])) + 3,
         model=dict(n_layer=2, n_head=4, n_embd=64), train=dict(max_steps=2000)),
@@ -233,9 +248,10 @@ def draw(task, settings, rng, n, side, distinct=False):
     """Up to n inputs on one side of the split, in random order; fewer if `distinct` and there are no more.
 
     Raises InputError if the settings leave none at all."""
+    generate = task.practice if task.practice and side == "training" else task.generate
     texts, fruitless = [], 0
     while len(texts) < n and fruitless < 20:
-        found = texts + [text for text in task.generate(rng, n, settings) if side_of(text) == side]
+        found = texts + [text for text in generate(rng, n, settings) if side_of(text) == side]
         found = list(dict.fromkeys(found)) if distinct else found
         fruitless = 0 if len(found) > len(texts) else fruitless + 1
         texts = found

@@ -72,10 +72,20 @@ def test_expressions_keep_to_depth_and_length_and_reach_both():
     assert max(map(len, texts)) <= 38 and max(evaluate(text)[1] for text in texts) == 5
 
 
-def test_numbers_lie_between_the_limits_and_have_every_number_of_digits():
-    texts = TASKS["q"].generate(np.random.default_rng(0), 3000, {"min_number": 7, "max_number": 1203})
+@pytest.mark.parametrize("draws", ["generate", "practice"])
+def test_numbers_lie_between_the_limits_and_have_every_number_of_digits(draws):
+    numbers = getattr(TASKS["q"], draws)
+    texts = numbers(np.random.default_rng(0), 3000, {"min_number": 7, "max_number": 1203})
     assert all(7 <= int(text) <= 1203 and text == str(int(text)) for text in texts)
     assert {len(text) for text in texts} == {1, 2, 3, 4}
+
+
+def test_only_training_draws_the_practice_inputs_and_they_have_the_high_counts():
+    task, counts = TASKS["q"], {}
+    for side in ("training", "validation", "test"):
+        texts = draw(task, defaults("q"), np.random.default_rng(0), 10_000, side)
+        counts[side] = sum(int(task.answer(text)) >= 11 for text in texts)
+    assert counts["training"] > 300 > 30 > counts["validation"] + counts["test"]
 
 
 @pytest.mark.parametrize("name", TASKS)
