@@ -3,6 +3,7 @@
 Nothing local is imported. What a machine lacks is replaced by what it has, with one printed line.
 """
 
+import importlib.util
 import time
 
 import torch
@@ -82,6 +83,12 @@ def pick_dtype(name, device, say=print):
         say(f"dtype: float16 training needs CUDA, so float32 is used on this {device.type}")
         return torch.float32
     return dtype
+
+
+def has_flex_attention(device):
+    """Can FlexAttention be compiled for this torch.device? It takes CUDA from the A100 on, and Triton."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) \
+        and importlib.util.find_spec("triton") is not None
 
 
 def set_sdp_kernel(name):

@@ -8,6 +8,7 @@ Letters in the shapes: B batch, T tokens, C n_embd, nh heads, nkv key/value head
 V vocab_size, S tokens attended to (those in the cache and the new ones).
 """
 
+import functools
 import math
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 
 from config import InputError, ModelConfig
 from dataloader import IGNORE
+from device import has_flex_attention
 
 
 class KVCache:
@@ -69,6 +71,24 @@ def positions_in(documents):
     return at - torch.where(starts, at, 0).cummax(1).values
 
 
+def block_mask_of(documents, is_causal):
+    """The mask of documents (B, T) for FlexAttention (Dong et al. 2024), which skips what is hidden whole."""
+    from torch.nn.attention.flex_attention import create_block_mask  # here: its import takes a second
+
+    def visible(b, h, q, kv):
+        same = documents[b, q] == documents[b, kv]
+        return same & (q >= kv) if is_causal else same
+    B, T = documents.shape
+    return create_block_mask(visible, B, None, T, T, device=documents.device)
+
+
+@functools.cache
+def flex_attention(device_type):
+    """torch's flex_attention, compiled where it is used for its speed."""
+    from torch.nn.attention.flex_attention import flex_attention
+    return torch.compile(flex_attention) if device_type == "cuda" else flex_attention
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer):
         super().__init__()
@@ -84,17 +104,22 @@ class Attention(nn.Module):
     def forward(self, x, rope, mask, cache):
         B, T, C = x.shape
         heads = self.c_attn(x).view(B, T, -1, self.head_size).transpose(1, 2)  # (B, nh + 2 nkv, T, hs)
-        q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
+        qk, v = heads.split([self.n_head + self.n_kv_head, self.n_kv_head], dim=1)
         if rope is not None:
-            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+            qk = apply_rope(qk, *rope)
         if self.qk_norm:
-            q = F.rms_norm(q, (self.head_size,), eps=self.norm_eps)
-            k = F.rms_norm(k, (self.head_size,), eps=self.norm_eps)
+            qk = F.rms_norm(qk, (self.head_size,), eps=self.norm_eps)
+        q, k = qk.split([self.n_head, self.n_kv_head], dim=1)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, nkv, S, hs)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0,
-            is_causal=self.is_causal and mask is None and T > 1, enable_gqa=self.n_kv_head != self.n_head)
+        is_gqa = self.n_kv_head != self.n_head
+        if isinstance(mask, torch.Tensor | None):
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0,
+                is_causal=self.is_causal and mask is None and T > 1, enable_gqa=is_gqa)
+        else:  # a BlockMask; autocast does not know this call, which wants one type
+            y = flex_attention(x.device.type)(q.type_as(v), k.type_as(v), v, block_mask=mask,
+                                              enable_gqa=is_gqa)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -217,7 +242,8 @@ class GPT(nn.Module):
         return logits, total / (targets != IGNORE).sum().clamp(min=1)
 
     def _mask_and_positions(self, idx, documents, past):
-        """The attention mask (None: plain causal or full), True where a query may look, and the positions."""
+        """The attention mask (None: plain causal or full), a BlockMask or a tensor that is True where a query
+        may look, and the positions."""
         T, device = idx.size(1), idx.device
         if documents is None:
             positions = slice(past, past + T) if self.config.use_rope else \
@@ -226,6 +252,10 @@ class GPT(nn.Module):
                 return None, positions
             # New tokens after cached ones: the diagonal starts `past` columns to the right.
             return torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past), positions
+        # FlexAttention has no dropout, and its kernel no head size below 16.
+        if has_flex_attention(device) and self.config.n_embd // self.config.n_head >= 16 and not (
+                self.training and self.config.dropout):
+            return block_mask_of(documents, self.config.is_causal), positions_in(documents)
         mask = documents[:, None, :, None] == documents[:, None, None, :]  # (B, 1, T, T)
         if self.config.is_causal:
             mask = mask.tril()

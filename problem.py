@@ -188,7 +188,7 @@ TASKS = {
                   "label_subexpressions": (True, "in training, label each closing bracket with the value of "
                                                   "its sub-expression?")},
         block_size=lambda settings: settings["length"],
-        model=dict(n_layer=6, n_head=4, n_embd=64, activation="relu2", use_rope=False),
+        model=dict(n_layer=6, n_head=4, n_embd=64, activation="relu2", qk_norm=True, use_rope=False),
         train=dict(max_steps=800)),
 }
 TEST_INPUTS = 10_000

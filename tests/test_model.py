@@ -75,6 +75,29 @@ def test_a_masked_document_reads_as_it_does_alone(tiny_model, values):
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
 
 
+@every_variant
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_flex_attention_gives_the_logits_and_loss_of_the_mask(tiny_model, monkeypatch, values, is_causal):
+    """Its eager form, which is what runs without a GPU; torch has no gradients for it there."""
+    made = tiny_model(is_causal=is_causal, n_head=2, **{**values, "n_kv_head": bool(values.get("n_kv_head"))})
+    idx, documents = some_ids(length=12), torch.tensor([[0] * 5 + [1] * 7, [0] * 9 + [1, 2, 2]])
+    with torch.inference_mode():
+        masked = made(idx, idx, documents=documents)
+        monkeypatch.setattr("model.has_flex_attention", lambda device: True)
+        block_mask = made._mask_and_positions(idx, documents, 0)[0]
+        assert not isinstance(block_mask, torch.Tensor)
+        flexible = made(idx, idx, documents=documents)
+    for one, other in zip(masked, flexible, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_dropout_keeps_the_mask_that_can_do_it(tiny_model, monkeypatch):
+    monkeypatch.setattr("model.has_flex_attention", lambda device: True)
+    made = tiny_model(n_head=2, dropout=0.1).train()
+    assert isinstance(made._mask_and_positions(some_ids(), torch.zeros(2, 12), 0)[0], torch.Tensor)
+
+
 def test_documents_begin_at_bos_and_after_eos():
     bos, eos = 2, 3
     idx = torch.tensor([[9, 9, eos, bos, 8, eos, 7, 7, bos, 6]])
