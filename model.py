@@ -53,8 +53,13 @@ def rope_table(length, head_size, theta):
 
 def apply_rope(x, cos, sin):
     """Rotate the adjacent pairs (2i, 2i + 1) of x (B, nh, T, hs); cos, sin: (T, hs/2) or (B, 1, T, hs/2)."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, nh, T, hs/2) each
-    rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    pairs = x.float().unflatten(-1, (-1, 2))  # (B, nh, T, hs/2, 2)
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        # As complex numbers, in one pass over memory: the same result, several times faster.
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
+    else:  # the compiler fuses these, and knows no complex numbers
+        even, odd = pairs.unbind(-1)
+        rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
     return rotated.flatten(-2).type_as(x)
 
 
