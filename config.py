@@ -71,6 +71,8 @@ class ModelConfig:
     activation: Literal["gelu", "relu2", "swiglu"] = option("gelu", "MLP activation")
     qk_norm: bool = option(False, "normalise queries and keys (RMSNorm) before attention?")
     rope_theta: float = option(10000.0, "base of the RoPE frequencies", above=0.0)
+    n_prev: int = option(0, "how many preceding tokens each input embeds too, each with a table of its own",
+                         least=0)
     final_norm: Literal["rmsnorm", "layernorm"] = option("rmsnorm", "norm before lm_head")
 
     def validate(self, where="model config"):

@@ -31,6 +31,7 @@ class KVCache:
         self.k = torch.empty(shape, device=device, dtype=dtype)
         self.v = torch.empty(shape, device=device, dtype=dtype)
         self.n_tokens = 0  # filled so far
+        self.last_ids = torch.empty(batch_size, 0, dtype=torch.long, device=device)  # for n_prev
 
     @property
     def length(self):
@@ -182,6 +183,9 @@ class GPT(nn.Module):
             self.register_buffer("rope_sin", sin, persistent=False)
         else:
             self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
+        if config.n_prev:
+            self.transformer["prev"] = nn.ModuleList(
+                nn.Embedding(config.vocab_size, config.n_embd) for _ in range(config.n_prev))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer["wte"].weight  # tied (Press & Wolf 2017)
         self.apply(self._init_weights)
@@ -206,7 +210,8 @@ class GPT(nn.Module):
     def flops_per_token(self, length=None):
         """Floating-point operations of training on one token: 6 N + 12 n_layer C length (PaLM, app. B)."""
         c = self.config
-        n = self.n_params() - (0 if c.use_rope else self.transformer["wpe"].weight.numel())
+        looked_up = c.n_embd * (c.n_prev * c.vocab_size + (0 if c.use_rope else c.block_size))
+        n = self.n_params() - looked_up  # without the tables of which each token reads a row
         return 6 * n + 12 * c.n_layer * c.n_embd * (length or c.block_size)
 
     def forward(self, idx, targets=None, documents=None, cache: KVCache | None = None, last_only=False):
@@ -225,6 +230,8 @@ class GPT(nn.Module):
         mask, positions = self._mask_and_positions(idx, documents, past)
 
         x = self.transformer["wte"](idx)  # (B, T, C)
+        if self.config.n_prev:
+            x = x + self._preceding(idx, documents, cache)
         rope = None
         if self.config.use_rope:
             rope = self.rope_cos[positions], self.rope_sin[positions]
@@ -245,6 +252,24 @@ class GPT(nn.Module):
         total = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE,
                                 reduction="sum")
         return logits, total / (targets != IGNORE).sum().clamp(min=1)
+
+    def _preceding(self, idx, documents, cache):
+        """Sum of the embeddings of the tokens 1 … n_prev places before each token of idx, (B, T, C).
+
+        A short convolution over the tokens, after the n-gram embeddings of the Byte Latent Transformer
+        (Pagnoni et al. 2024). Nothing stands before the first token, or before a document's first."""
+        T, total = idx.size(1), 0.0
+        seen = idx if cache is None else torch.cat([cache.last_ids, idx], dim=1)
+        for distance, table in enumerate(self.transformer["prev"], 1):
+            before = table(seen[:, :-distance][:, -T:])
+            before = F.pad(before, (0, 0, T - before.size(1), 0))
+            if documents is not None:
+                same = F.pad(documents[:, distance:] == documents[:, :-distance], (distance, 0))[:, :T]
+                before = before * same.unsqueeze(-1)
+            total = total + before
+        if cache is not None:
+            cache.last_ids = seen[:, -self.config.n_prev :]
+        return total
 
     def _mask_and_positions(self, idx, documents, past):
         """The attention mask (None: plain causal or full), a BlockMask or a tensor that is True where a query

@@ -24,13 +24,20 @@ def orthogonalize(matrix, coefficients, steps, eps):
     """The nearest (semi-)orthogonal matrix, roughly, by Newton-Schulz iteration (Jordan et al. 2024).
 
     The same iteration as torch.optim.Muon's, in the matrix's own type: torch's runs in bfloat16, which a
-    CPU without bfloat16 instructions computes a hundred times slower than float32."""
+    CPU without bfloat16 instructions computes a hundred times slower than float32. A step multiplies X by
+    p = a I + b G + c G², G = X Xᵀ. Since these commute, we multiply them among themselves, as squares of the
+    short side, and X but once: a matrix four times as long as wide takes half the time."""
     a, b, c = coefficients
     x = matrix.T if matrix.size(0) > matrix.size(1) else matrix
     x = x / x.norm().clamp(min=eps)  # spectral norm at most 1
-    for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    gram, product = x @ x.T, None
+    for step in range(steps):
+        p = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        p.diagonal().add_(a)
+        product = p if product is None else p @ product
+        if step < steps - 1:
+            gram = p @ gram @ p
+    x = product @ x
     return x.T if matrix.size(0) > matrix.size(1) else x
 
 

@@ -23,8 +23,9 @@ VARIANTS = {
     "relu2": dict(activation="relu2"),
     "swiglu": dict(activation="swiglu"),
     "bias": dict(bias=True),
+    "n_prev": dict(n_prev=3),
     "layernorm": dict(final_norm="layernorm", norm_eps=1e-3),
-    "all": dict(n_kv_head=2, qk_norm=True, activation="swiglu", bias=True, final_norm="layernorm"),
+    "all": dict(n_kv_head=2, n_prev=2, qk_norm=True, activation="swiglu", bias=True, final_norm="layernorm"),
 }
 every_variant = pytest.mark.parametrize("values", VARIANTS.values(), ids=VARIANTS.keys())
 
@@ -150,11 +151,16 @@ def test_rope_depends_on_relative_positions_only():
     assert score(7, 3) != pytest.approx(score(7, 4), abs=1e-3)
 
 
-def test_rope_rotates_adjacent_pairs_by_the_papers_angles():
+@pytest.mark.parametrize("compiling", [False, True])
+def test_rope_rotates_adjacent_pairs_by_the_papers_angles(monkeypatch, compiling):
+    """As complex numbers, and written out for the compiler."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     x = torch.randn(1, 1, 5, 8, generator=torch.Generator().manual_seed(0))
     angle = torch.arange(5)[:, None] * 10000.0 ** (-torch.arange(0, 8, 2) / 8)
-    turned = torch.view_as_complex(x.unflatten(-1, (4, 2))) * torch.polar(torch.ones_like(angle), angle)
-    expected = torch.view_as_real(turned).flatten(-2)
+    even, odd = x[..., 0::2], x[..., 1::2]
+    expected = torch.empty_like(x)
+    expected[..., 0::2] = even * angle.cos() - odd * angle.sin()
+    expected[..., 1::2] = even * angle.sin() + odd * angle.cos()
     torch.testing.assert_close(apply_rope(x, *rope_table(5, 8, 10000.0)), expected)
 
 
