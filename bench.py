@@ -2,7 +2,8 @@
 
     python bench.py train                    tokens/s and TFLOPS of each way to train, beside plain float32
     python bench.py train --n_layer 2 --n_embd 512 --n_head 4 --block_size 512 --batch_size 100
-    python bench.py generate                 tokens/s with and without the KV cache, one sequence and 32
+    python bench.py generate                 tokens/s with and without the KV cache, one sequence and 32; time
+                                             to the first token
     python bench.py sdpa                     the attention kernels, relative time and memory
     python bench.py data --megabytes 500     encoding, decoding, data.py from file to file, its peak memory
     python bench.py sft --rows dataset/sft_train.npy       pairs/s of trimmed batches beside full padding
@@ -27,7 +28,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from config import ROOT, InputError, ModelConfig, Parser, TrainConfig, run
 
@@ -65,6 +66,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import checkpoint as ckpt
 from dataloader import IGNORE, DataLoader
 from device import matmul_flops, pick_device, pick_dtype
 from generate import decode_one_token, generate
@@ -177,7 +179,35 @@ def bench_generate(args, device):
     base = rates["no cache, 1 sequence"]
     table([(name, f"{r:,.0f}", f"{r / base:.1f}") for name, r in rates.items()],
           ("way to generate", "tokens/s", "against first"))
-    return {"parameters": model.n_params(), "tokens_per_second": rates}
+    start = start_seconds(model, args)
+    table([(name, f"{seconds:.2f}") for name, seconds in start.items()], ("from the command on", "seconds"))
+    return {"parameters": model.n_params(), "tokens_per_second": rates, "start_seconds": start}
+
+
+def start_seconds(model, args):
+    """Seconds from starting inference.py to its first token, and of the slowest script's --help; medians."""
+    tokenizer = Tokenizer.build([chr(0x4E00 + i) for i in range(model.config.vocab_size)])
+    model.config.vocab_size = tokenizer.vocab_size
+    content = {"format": ckpt.FORMAT, "task": "pretrain", "step": 0, "best_val_loss": 0.0, "optimizer": None,
+               "scaler": None, "rng": [], "dataloader": {}, "model": GPT(model.config).state_dict(),
+               "model_config": asdict(model.config), "train_config": asdict(TrainConfig()),
+               "tokenizer_config": tokenizer.to_dict()}
+
+    def seconds(*words):
+        times = []
+        for _ in range(args.repeats):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, *words], stdout=subprocess.DEVNULL, check=True, cwd=ROOT)
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "model.pt")
+        ckpt.save(path, content)
+        first = seconds("inference.py", "-m", path, "-p", "一", "-l", "2")
+    scripts = ("data.py", "train.py", "train_ddp.py", "train_deepspeed.py", "inference.py", "inference_ds.py",
+               "evaluate.py", "problem.py", "plot_loss.py", "checkpoint.py", "bench.py")
+    return {"first token": first, "slowest --help": max(seconds(script, "--help") for script in scripts)}
 
 
 def bench_sdpa(args, device):
@@ -308,9 +338,9 @@ RECIPES = {
     "nanogpt": (dict(n_layer=4, n_head=4, n_embd=128, block_size=64, use_rope=False),
                 dict(optimizer="adamw", learning_rate=1e-3, min_lr=1e-4, warmup_iters=100,
                      lr_schedule="cosine", batch_size=12, max_steps=2000)),
-    "ours": (dict(n_layer=4, n_head=4, n_embd=128, block_size=64, activation="relu2", qk_norm=True),
-             dict(optimizer="muon", learning_rate=5e-3, min_lr=0.0, warmup_iters=20, lr_schedule="linear",
-                  batch_size=12, max_steps=400)),
+    "ours": (dict(n_layer=1, n_head=4, n_embd=128, block_size=64, activation="relu2", qk_norm=True, n_prev=4),
+             dict(optimizer="muon", learning_rate=1e-2, min_lr=0.0, warmup_iters=20, lr_schedule="linear",
+                  batch_size=12, max_steps=320)),
 }
 GOAL = 1.886  # the validation loss that nanoGPT's documentation gives for its run
 

@@ -277,3 +277,22 @@ def load_config(cls, path, overrides=None):
     from_dict(cls, values, where)
     config = from_dict(cls, {**values, **(overrides or {})}, "command line")
     return config.validate(f"{where} with the command line" if overrides else where)
+
+
+def command_line(doc, add_flags=None):
+    """Parse the flags of a training script, one process or several.
+
+    add_flags: called with the Parser, for flags that one script alone has."""
+    cli = Parser(doc)
+    cli.add_argument("-t", "--task", choices=("pretrain", "sft"), default="pretrain")
+    cli.add_argument("--model_config", default=os.path.join(ROOT, "model_config.json"), metavar="FILE")
+    cli.add_argument("--train_config", metavar="FILE", help="default: config_<task>.json")
+    if add_flags:
+        add_flags(cli)
+    cli.add_config(TrainConfig).add_config(ModelConfig)
+    args = cli.parse_args()
+    args.train_config = args.train_config or os.path.join(ROOT, f"config_{args.task}.json")
+    args.train = load_config(TrainConfig, args.train_config, cli.overrides(args, TrainConfig))
+    args.model_flags = cli.overrides(args, ModelConfig)
+    args.model = load_config(ModelConfig, args.model_config, args.model_flags)
+    return args

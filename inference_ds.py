@@ -7,15 +7,14 @@ The second line uses what DeepSpeed's own script wrote; the first needs no such 
 """
 
 import os
+import runpy
 import sys
 
-from config import ROOT, run
+from config import ROOT
 
 CONVERTED, FOLDER = (os.path.join(ROOT, "checkpoint", "ds", name) for name in ("ckpt_ds.pt", ""))
 
 if __name__ == "__main__":
     if not {"-m", "--model"} & set(sys.argv):
         sys.argv += ["-m", CONVERTED if os.path.exists(CONVERTED) else FOLDER]
-    import inference  # reads the command line before it imports torch
-
-    run(inference.main)
+    runpy.run_path(os.path.join(ROOT, "inference.py"), run_name="__main__")

@@ -21,26 +21,7 @@ import tempfile
 import time
 from dataclasses import asdict, replace
 
-from config import ROOT, InputError, ModelConfig, Parser, TrainConfig, load_config, run
-
-
-def command_line(doc, add_flags=None):
-    """Parse the flags of a training script; before torch is imported, so that --help answers at once.
-
-    add_flags: called with the Parser, for flags that one script alone has."""
-    cli = Parser(doc)
-    cli.add_argument("-t", "--task", choices=("pretrain", "sft"), default="pretrain")
-    cli.add_argument("--model_config", default=os.path.join(ROOT, "model_config.json"), metavar="FILE")
-    cli.add_argument("--train_config", metavar="FILE", help="default: config_<task>.json")
-    if add_flags:
-        add_flags(cli)
-    cli.add_config(TrainConfig).add_config(ModelConfig)
-    args = cli.parse_args()
-    args.train_config = args.train_config or os.path.join(ROOT, f"config_{args.task}.json")
-    args.train = load_config(TrainConfig, args.train_config, cli.overrides(args, TrainConfig))
-    args.model_flags = cli.overrides(args, ModelConfig)
-    args.model = load_config(ModelConfig, args.model_config, args.model_flags)
-    return args
+from config import ROOT, InputError, TrainConfig, command_line, run
 
 
 def add_flags(cli):

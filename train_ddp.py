@@ -20,12 +20,11 @@ import traceback
 import warnings
 from datetime import timedelta
 
-import train
-from config import InputError, run
+from config import InputError, command_line, run
 
 if __name__ == "__main__":
     with contextlib.suppress(InputError):  # main() meets it again and prints it
-        train.command_line(__doc__)
+        command_line(__doc__)  # before torch is imported, so that --help and mistakes answer at once
 
 import torch
 import torch.distributed as dist
@@ -33,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint as ckpt
 import device
+import train
 
 
 class DataParallel(train.SingleProcess):
@@ -143,7 +143,7 @@ def told_apart(main):
 
 
 def main():
-    return train.train_and_close(train.command_line(__doc__), DataParallel())
+    return train.train_and_close(command_line(__doc__), DataParallel())
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import time
 import warnings
 from dataclasses import replace
 
-import train
+import config
 from config import ROOT, InputError, read_json
 
 LAUNCH = "deepspeed {}train_deepspeed.py --deepspeed --deepspeed_config deepspeed_config.json"
@@ -37,7 +37,7 @@ def add_flags(cli):
 
 
 def command_line():
-    args = train.command_line(__doc__, add_flags)
+    args = config.command_line(__doc__, add_flags)
     if "RANK" not in os.environ:
         raise InputError(f"start it with: {LAUNCH.format('')}")
     listed, came_up = count_slots(args.hostfile), int(os.environ["WORLD_SIZE"])
@@ -71,6 +71,7 @@ import torch.distributed as dist
 
 import checkpoint as ckpt
 import device
+import train
 from optimizer import build_optimizer
 from train_ddp import DataParallel, run_rank
 

@@ -22,6 +22,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch: many small processes share 
 import torch
 
 import checkpoint
+import config
 import metrics
 import train
 from config import ModelConfig, run
@@ -96,6 +97,7 @@ class Workspace:
             with mock.patch.object(sys, "argv", list(map(str, words))), \
                     mock.patch.multiple(train, ROOT=str(self.path),
                                         CHECKPOINTS=str(self.path / "checkpoint")), \
+                    mock.patch.object(config, "ROOT", str(self.path)), \
                     mock.patch.object(checkpoint, "ROOT", str(self.path)), \
                     mock.patch.object(metrics.time, "strftime", lambda _: f"{next(self.stamps):04}"):
                 yield
