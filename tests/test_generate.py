@@ -101,8 +101,9 @@ def test_the_global_random_state_plays_no_part(tiny_model):
     assert tokens(model, seed=5) == first
 
 
-def test_generation_equals_uncached_decoding(tiny_model):
-    model = tiny_model(n_kv_head=2, qk_norm=True)
+@pytest.mark.parametrize("n_prev", [0, 3])
+def test_generation_equals_uncached_decoding(tiny_model, n_prev):
+    model = tiny_model(n_kv_head=2, qk_norm=True, n_prev=n_prev)
     idx = PROMPT
     for token in tokens(model, n=27, temperature=0):
         expected = model(idx)[0][0, -1].argmax()
@@ -136,9 +137,10 @@ def test_a_sequence_that_has_stopped_repeats_its_stop_token_until_all_have(tiny_
     assert len(steps) > 3
 
 
-def test_generation_goes_on_past_the_end_of_the_context(tiny_model):
+@pytest.mark.parametrize("n_prev", [0, 3])
+def test_generation_goes_on_past_the_end_of_the_context(tiny_model, n_prev):
     """When the context is full, the later half of it is read again."""
-    model = tiny_model()
+    model = tiny_model(n_prev=n_prev)
     got = tokens(model, n=100, temperature=0)
     assert len(got) == 100
     ids = PROMPT[0].tolist() + got
