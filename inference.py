@@ -30,6 +30,8 @@ def command_line():
     cli.add_argument("--top_p", type=float, default=1.0,
                      help="draw from the likeliest tokens that make up this probability (default 1.0)")
     cli.add_argument("--seed", type=int, help="seed of the draws (default: another one each time)")
+    cli.add_argument("--int8", action="store_true",
+                     help="int8 weights on a CPU: faster; answers may differ a little")
     cli.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default auto)")
     return cli.parse_args()
 
@@ -41,7 +43,7 @@ import torch
 
 import checkpoint as ckpt
 from device import pick_device
-from generate import check_sampling, generate
+from generate import check_sampling, generate, quantize
 from tokenizer import encode_prompt
 
 
@@ -89,6 +91,8 @@ def main():
     device = pick_device(args.device)
     model, tokenizer = ckpt.build_model(ckpt.load(args.model), args.model)
     model.to(device)
+    if args.int8:
+        quantize(model)
     generator = torch.Generator(device)
     generator.manual_seed(args.seed) if args.seed is not None else generator.seed()
 

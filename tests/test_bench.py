@@ -13,7 +13,8 @@ from config import InputError, ModelConfig
 
 
 @pytest.mark.parametrize("what, names", [
-    ("generate", {"no cache, 1 sequence", "KV cache, 1 sequence", "KV cache, 32 sequences", "prefill"}),
+    ("generate", {"no cache, 1 sequence", "KV cache, 1 sequence", "KV cache, 32 sequences", "prefill",
+                  "KV cache, int8, 1 sequence"}),
     ("data", {"encode", "decode", "data.py, file to file"}),
 ])
 def test_a_benchmark_reports_a_rate_for_each_way(what, names, capsys):

@@ -13,6 +13,7 @@ from generate import (
     logits_to_probs,
     penalize_repetition,
     prefill,
+    quantize,
     sample,
 )
 from model import KVCache
@@ -194,3 +195,20 @@ def test_a_sampling_parameter_out_of_range_is_named(tiny_model, name, value):
         check_sampling(**{**good, name: value})
     with pytest.raises(InputError, match=f"^{name} is "):
         tokens(tiny_model(), **{name: value})
+
+
+@pytest.mark.parametrize("length", [1, 12], ids=["a token", "a prompt"])
+@pytest.mark.parametrize("values", [{}, dict(bias=True, activation="swiglu", n_kv_head=1)], ids=[0, 1])
+def test_int8_weights_change_the_logits_by_their_rounding_alone(tiny_model, values, length):
+    model, idx = tiny_model(**values), torch.arange(length).view(1, -1)
+    exact = model(idx)[0]
+    quantize(model)
+    assert not [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    assert (model(idx)[0] - exact).std() < 0.02 * exact.std()
+    assert tokens(model, n=20, temperature=0)
+
+
+def test_int8_weights_are_for_the_cpu(tiny_model):
+    model = tiny_model().to("meta")
+    with pytest.raises(InputError, match="the model is on meta"):
+        quantize(model)
