@@ -19,7 +19,8 @@ from typing import Literal, get_args, get_origin, get_type_hints
 ROOT = os.path.dirname(os.path.abspath(__file__))
 
 # Before torch loads OpenMP: let idle threads sleep soon instead of spinning. Beside one other busy process,
-# spinning makes training on a CPU 5 to 10 times slower; alone it gains nothing that can be measured.
+# spinning halves the speed of training on a CPU and costs generation most of its speed; alone, training does
+# not need it and generation gains from it (docs/benchmarks.md).
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
