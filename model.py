@@ -282,9 +282,10 @@ class GPT(nn.Module):
                 return None, positions
             # New tokens after cached ones: the diagonal starts `past` columns to the right.
             return torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past), positions
-        # FlexAttention has no dropout, and its kernel no head size below 16.
-        if has_flex_attention(device) and self.config.n_embd // self.config.n_head >= 16 and not (
-                self.training and self.config.dropout):
+        # FlexAttention has no dropout, its kernel no head size below 16; it is compiled on its own.
+        if not torch.compiler.is_compiling() and has_flex_attention(device) \
+                and self.config.n_embd // self.config.n_head >= 16 \
+                and not (self.training and self.config.dropout):
             return block_mask_of(documents, self.config.is_causal), positions_in(documents)
         mask = documents[:, None, :, None] == documents[:, None, None, :]  # (B, 1, T, T)
         if self.config.is_causal:

@@ -127,7 +127,7 @@ def test_every_stage_converts_to_one_ordinary_file_that_answers(stages, stage, c
         with stages.here("inference.py", "-m", source, "-p", "The letter", "-t", "0", "-l", "20"):
             inference.main()
         answers.append(capsys.readouterr().out)
-    assert answers[0].strip() and answers[0] == answers[1] == answers[2]
+    assert answers[0].strip("\n") and answers[0] == answers[1] == answers[2]
 
 
 def val_loss(model, workspace):
