@@ -20,6 +20,7 @@ import time
 START = time.perf_counter()  # `speedrun` counts the imports too
 
 import argparse
+import contextlib
 import copy
 import json
 import os
@@ -55,12 +56,15 @@ def command_line(words=None):
     args = cli.parse_args(words)
     if min(args.batch_size, args.repeats, args.megabytes) < 1 or not args.seconds > 0:
         raise InputError("--batch_size, --repeats, --megabytes and --seconds must be above 0")
+    if args.what == "speedrun" and not args.text:
+        raise InputError("speedrun needs --text FILE, tinyshakespeare's input.txt")
     args.model = ModelConfig(**{**SMALL, **cli.overrides(args, ModelConfig)}).validate()
     return args
 
 
 if __name__ == "__main__":
-    ARGS = command_line()  # before torch is imported, so that --help and mistakes answer at once
+    with contextlib.suppress(InputError):  # main() meets it again and prints it
+        command_line()  # before torch is imported, so that --help and mistakes answer at once
 
 import numpy as np
 import torch
@@ -382,9 +386,10 @@ def run_recipe(args, model_settings, train_settings):
     try:
         with open(args.text, encoding="utf-8") as f:
             text = f.read()
-    except (OSError, TypeError) as error:
-        reason = getattr(error, "strerror", "not given")
-        raise InputError(f"--text {args.text}: cannot be read ({reason})") from None
+    except OSError as error:
+        raise InputError(f"--text {args.text}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"--text {args.text}: not UTF-8 at byte {error.start}") from None
     tokenizer = Tokenizer.build([text])
     ids = tokenizer.encode(text)
     config = TrainConfig(**{"device": args.device, "gradient_accumulation_steps": 1, "weight_decay": 0.1,
@@ -508,4 +513,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run(lambda: main(ARGS))
+    run(lambda: main(command_line()))

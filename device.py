@@ -1,6 +1,6 @@
 """The machine: which device, which number type, which attention kernel.
 
-Nothing local is imported. What a machine lacks is replaced by what it has, with one printed line.
+Only config is imported. What a machine lacks is replaced by what it has, with one printed line.
 """
 
 import importlib.util

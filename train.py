@@ -207,8 +207,7 @@ def fit(model, tokenizer, loader, val_loader, config, strategy, task, start=None
             "format": ckpt.FORMAT, "task": task, "step": step, "best_val_loss": best_val_loss,
             "model_config": asdict(raw_model.config), "train_config": asdict(config),
             "tokenizer_config": tokenizer.to_dict(),
-            "dataloader": {**loader.state_dict(), "tokens": tokens, "losses": losses,
-                           "skipped": skipped},
+            "dataloader": {**loader.state_dict(), "tokens": tokens, "losses": losses, "skipped": skipped},
         }, f"{task}_{fixed_name}.pt" if fixed_name else None)
 
     model.train()

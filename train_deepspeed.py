@@ -169,7 +169,7 @@ class Zero(DataParallel):
         return contextlib.nullcontext()
 
     def note_nonfinite(self, grad):
-        """Called with every gradient before the engine reduces it; all but stage 2 would step with a NaN."""
+        """Called with every gradient before the engine reduces it, which itself may step with a NaN."""
         self.nonfinite |= ~torch.isfinite(grad).all()
 
     def backward(self, loss):

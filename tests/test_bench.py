@@ -54,6 +54,8 @@ def test_a_speedrun_is_a_process_that_trains_and_validates(tmp_path, monkeypatch
     result = last_json(capsys)
     assert result["steps"] == 20 and result["tokens"] == 20 * 4 * TINY["block_size"]
     assert result["val_loss"] < 2.5
+    with pytest.raises(InputError, match="speedrun needs --text"):
+        bench.command_line(["speedrun"])
     args.text = "nowhere.txt"
     with pytest.raises(InputError, match="--text nowhere.txt: cannot be read"):
         bench.main(args)

@@ -41,6 +41,10 @@ def test_p_answers_once_and_exits(trained, capsys):
     assert said(trained, capsys, "-i", "-m", SFT, "-p", "after B?", *GREEDY).out == "C.\n"
 
 
+def test_int8_weights_give_the_trained_answer(trained, capsys):
+    assert said(trained, capsys, "-i", "-m", SFT, "-p", "after B?", "--int8", *GREEDY).out == "C.\n"
+
+
 def test_without_i_a_text_is_continued(trained, capsys):
     out = said(trained, capsys, "-m", "checkpoint/pretrain_last.pt", "-p", "The", *GREEDY, "-l", 20).out
     assert len(out.rstrip("\n")) <= 20 and out.endswith("\n")
