@@ -72,9 +72,10 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import checkpoint as ckpt
+import native
 from dataloader import IGNORE, DataLoader
 from device import matmul_flops, pick_device, pick_dtype
-from generate import decode_one_token, generate, quantize
+from generate import decode_one_token, generate, prefill, quantize
 from model import GPT, KVCache
 from optimizer import build_optimizer
 from tokenizer import Tokenizer
@@ -175,15 +176,28 @@ def bench_generate(args, device):
         return sum(len(token) for token in generate(model, prompt[:rows], length - 8, temperature=0))
 
     @torch.inference_mode()
-    def prefill():
+    def cached_in_pytorch(rows):
+        """As `generate` does where decode.c is not compiled."""
+        cache = KVCache(model.config, rows, length, device)
+        logits = prefill(model, prompt[:rows], cache)
+        for _ in range(length - 9):
+            logits = model(logits.argmax(-1)[:, None], cache=cache)[0][:, -1]
+        return rows * (length - 8)
+
+    @torch.inference_mode()
+    def whole_prompt():
         return model(prompt[:1].repeat(1, length // 8), last_only=True)[0].size(0) * (length // 8 * 8)
 
-    ways = {"no cache, 1 sequence": uncached, "KV cache, 1 sequence": lambda: cached(1),
-            "KV cache, 32 sequences": lambda: cached(32), "prefill": prefill}
-    if device.type == "cpu":
+    ways = {"no cache, 1 sequence": uncached, "prefill": whole_prompt}
+    if compiled := wait_for_library(device):
         small = copy.deepcopy(model)
         quantize(small)
-        ways["KV cache, int8, 1 sequence"] = lambda: cached(1, small)
+    for rows in (1, 32):
+        sequences = f"{rows} sequence{'s' if rows > 1 else ''}"
+        ways[f"KV cache, PyTorch, {sequences}"] = lambda rows=rows: cached_in_pytorch(rows)
+        if compiled:
+            ways[f"KV cache, decode.c, {sequences}"] = lambda rows=rows: cached(rows)
+            ways[f"KV cache, decode.c, int8, {sequences}"] = lambda rows=rows: cached(rows, small)
     rates = in_turns(ways, args, device)
     base = rates["no cache, 1 sequence"]
     table([(name, f"{r:,.0f}", f"{r / base:.1f}") for name, r in rates.items()],
@@ -191,6 +205,17 @@ def bench_generate(args, device):
     start = start_seconds(model, args)
     table([(name, f"{seconds:.2f}") for name, seconds in start.items()], ("from the command on", "seconds"))
     return {"parameters": model.n_params(), "tokens_per_second": rates, "start_seconds": start}
+
+
+def wait_for_library(device):
+    """Is decode.c there, after a minute at most? It serves a CPU."""
+    if device.type != "cpu" or not native.start("decode.c"):
+        return False
+    for _ in range(600):
+        if native.library("decode.c"):
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def start_seconds(model, args):

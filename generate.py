@@ -7,6 +7,7 @@ Letters in the shapes: B sequences side by side, T tokens, V vocab_size. After g
 import torch
 import torch.nn as nn
 
+import decode
 from config import InputError
 from model import GPT, KVCache
 
@@ -50,7 +51,8 @@ def prefill(model, idx, cache):
 
 def decode_one_token(model, token, cache):
     """Read one token a sequence, (B,); the logits (B, V) after it."""
-    return model(token[:, None], cache=cache)[0][:, -1]
+    step = decode.step_of(model, cache)  # compiled, on a CPU
+    return step(token) if step else model(token[:, None], cache=cache)[0][:, -1]
 
 
 def check_sampling(temperature, top_k, top_p, repetition_penalty):
@@ -89,11 +91,12 @@ def generate(model: GPT, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.
         else:
             logits = decode_one_token(model, token, cache)
         drawn = sample(logits, idx, temperature, top_k, top_p, repetition_penalty, generator)
-        token = torch.where(stopped, token, drawn) if token is not None else drawn
+        token = torch.where(stopped, token, drawn) if len(stop) and token is not None else drawn
         yield token
-        stopped |= torch.isin(token, stop)
-        if stopped.all():
-            return
+        if len(stop):
+            stopped |= torch.isin(token, stop)
+            if stopped.all():
+                return
         idx = torch.cat([idx, token[:, None]], dim=1)
 
 
@@ -143,7 +146,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x):
         rows = x.flatten(0, -2)
-        if len(rows) <= self.FEW:
+        if len(rows) <= self.FEW and self.weight.size(1) % 16 == 0:  # others make torch's read past the end
             y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale.bfloat16()).float()
         else:
             y = rows @ (self.weight * self.scale[:, None]).T

@@ -10,6 +10,7 @@ End of input (Ctrl-D) or Ctrl-C leaves.
 
 import sys
 
+import native
 from config import InputError, Parser, run
 
 
@@ -38,6 +39,7 @@ def command_line():
 
 if __name__ == "__main__":
     command_line()  # before torch is imported, so that --help and mistakes answer at once
+    native.start("decode.c")  # is compiled while torch is imported
 
 import torch
 

@@ -32,6 +32,7 @@ class KVCache:
         self.v = torch.empty(shape, device=device, dtype=dtype)
         self.n_tokens = 0  # filled so far
         self.last_ids = torch.empty(batch_size, 0, dtype=torch.long, device=device)  # for n_prev
+        self.step = None  # decode.py's, once it is compiled
 
     @property
     def length(self):

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -24,6 +25,7 @@ import torch
 import checkpoint
 import config
 import metrics
+import native
 import train
 from config import ModelConfig, run
 from model import GPT
@@ -40,6 +42,17 @@ PAIRS = [(f"after {b}{mark}", f"{a}.") for mark in ("", "?", "!", "？")
          for a, b in zip("BCDEFGHIJKLMNOPQRSTUVWXYZ", "ABCDEFGHIJKLMNOPQRSTUVWXY", strict=True)]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled():
+    """decode.c is compiled before anything generates, so that each run of the tests takes the same way."""
+    path = native.start("decode.c")
+    for _ in range(600):
+        if path is None or os.path.exists(path):
+            return
+        time.sleep(0.1)
+    raise AssertionError("decode.c has not been compiled within a minute")
+
+
 def train_main():
     train.train(train.command_line(None), train.SingleProcess())
 
@@ -50,10 +63,12 @@ class Workspace:
     def __init__(self, folder):
         self.path = Path(folder)
         self.stamps = itertools.count()
-        for path in [*REPO.glob("*.py"), *REPO.glob("*.json")]:
+        for path in [*REPO.glob("*.py"), *REPO.glob("*.json"), *REPO.glob("*.c")]:
             shutil.copy(path, self.path)
-        for name in ("dataset", "checkpoint"):
+        for name in ("dataset", "checkpoint", "__pycache__"):
             (self.path / name).mkdir()
+        if path := native.start("decode.c"):
+            shutil.copy(path, self.path / "__pycache__")
         self.configure("model_config.json", **TINY)
         for name in ("config_pretrain.json", "config_sft.json"):
             self.configure(name, batch_size=4, gradient_accumulation_steps=2, max_steps=6, warmup_iters=2,

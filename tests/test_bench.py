@@ -13,8 +13,9 @@ from config import InputError, ModelConfig
 
 
 @pytest.mark.parametrize("what, names", [
-    ("generate", {"no cache, 1 sequence", "KV cache, 1 sequence", "KV cache, 32 sequences", "prefill",
-                  "KV cache, int8, 1 sequence"}),
+    ("generate", {"no cache, 1 sequence", "prefill",
+                  *(f"KV cache, {way}, {rows}" for way in ("PyTorch", "decode.c", "decode.c, int8")
+                    for rows in ("1 sequence", "32 sequences"))}),
     ("data", {"encode", "decode", "data.py, file to file"}),
 ])
 def test_a_benchmark_reports_a_rate_for_each_way(what, names, capsys):
