@@ -19,8 +19,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 ROOT = os.path.dirname(os.path.abspath(__file__))
 
 # Before torch loads OpenMP: let idle threads sleep soon instead of spinning. Beside one other busy process,
-# spinning halves the speed of training on a CPU and costs generation most of its speed; alone, training does
-# not need it and generation gains from it (docs/benchmarks.md).
+# spinning halves the speed of training on a CPU; alone, training does not need it (docs/benchmarks.md).
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
@@ -119,6 +118,8 @@ class TrainConfig:
     gradient_accumulation_steps: int = option(4, "micro-batches in a step, over all processes", least=1)
     from_checkpoint: str = option("", 'checkpoint to start from, or "latest"')
     optimizer: Literal["adamw", "muon"] = option("adamw", "optimizer of the matrices")
+    embedding_lr: float = option(1.0, "learning rate of the token embedding, as a multiple of learning_rate",
+                                 above=0.0)
     lr_schedule: Literal["cosine", "linear"] = option("cosine", "shape of the decay")
     max_steps: int = option(0, "stop after this many steps; 0: no limit", least=0)
     max_minutes: float = option(0.0, "stop (and save) after this many minutes; 0: no limit", least=0.0)

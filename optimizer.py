@@ -1,5 +1,6 @@
 """AdamW and Muon over parameter groups, and the learning-rate schedule."""
 
+import itertools
 import math
 
 import torch
@@ -60,8 +61,13 @@ class Float32Muon(torch.optim.Muon):
                 p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
 
 
+def set_lr(param_groups, lr):
+    for group in param_groups:
+        group["lr"] = lr * group.get("lr_factor", 1.0)
+
+
 class Optimizers:
-    """Several optimizers driven as one; every group follows the same learning rate."""
+    """Several optimizers driven as one; every group follows the same learning rate, times its `lr_factor`."""
 
     def __init__(self, optimizers):
         self.optimizers = optimizers
@@ -71,8 +77,7 @@ class Optimizers:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def set_lr(self, lr):
-        for group in self.param_groups:
-            group["lr"] = lr
+        set_lr(self.param_groups, lr)
 
     def step(self):
         for optimizer in self.optimizers:
@@ -94,13 +99,22 @@ def build_optimizer(model, config: TrainConfig):
     """AdamW for everything, or Muon for the matrices inside the blocks and AdamW for the rest.
 
     Weight decay goes to matrices alone, as in GPT-2 and nanoGPT. Muon's update is scaled to AdamW's size
-    (Liu et al. 2025), so that both take one learning rate."""
+    (Liu et al. 2025), so that both take one learning rate. The embeddings, of which a step sees a few
+    rows, may take a higher one (`embedding_lr`; the tables of preceding tokens, which are summed with the
+    token's, their share of it). The weight decay of a step stays that of the rest."""
     rest, muon = [], []
     for name, p in model.named_parameters():
         is_hidden_matrix = p.ndim == 2 and ".h." in name
         (muon if config.optimizer == "muon" and is_hidden_matrix else rest).append(p)
-    groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
-              {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
+    groups = []
+    if config.embedding_lr != 1:
+        tables = [[model.lm_head.weight], [p for name, p in model.named_parameters() if ".prev." in name]]
+        factors = config.embedding_lr, max(1.0, config.embedding_lr / (1 + model.config.n_prev))
+        groups = [{"params": params, "weight_decay": config.weight_decay / factor, "lr_factor": factor}
+                  for params, factor in zip(tables, factors, strict=True)]
+        rest = [p for p in rest if p not in set(itertools.chain(*tables))]
+    groups += [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
+               {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
     fused = model.lm_head.weight.device.type in ("cuda", "cpu")
     optimizers = [torch.optim.AdamW([group for group in groups if group["params"]], lr=config.learning_rate,
                                     betas=(config.beta1, config.beta2), fused=fused)]

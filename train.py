@@ -304,10 +304,11 @@ def starting_point(args, strategy):
             raise InputError(f"--{name} {value}: {path} has {start['model_config'][name]}, and a model's "
                              "shape cannot change")
     resume = start["task"] == args.task
-    optimizer = start["train_config"].get("optimizer", args.train.optimizer)
-    if resume and optimizer != args.train.optimizer:
-        raise InputError(f"optimizer {args.train.optimizer}: {path} was trained with {optimizer}, whose "
-                         f"state it holds; set --optimizer {optimizer}")
+    for name, before in (("optimizer", args.train.optimizer), ("embedding_lr", 1.0)):
+        now, then = getattr(args.train, name), start["train_config"].get(name, before)
+        if resume and now != then:
+            raise InputError(f"{name} {now}: {path} was trained with {then}, and holds the optimizer's "
+                             f"state; set --{name} {then}")
     strategy.say(f"{'continuing' if resume else 'weights from'} {path} (step {start['step']})")
     return start, resume
 

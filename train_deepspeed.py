@@ -72,7 +72,7 @@ import torch.distributed as dist
 import checkpoint as ckpt
 import device
 import train
-from optimizer import build_optimizer
+from optimizer import build_optimizer, set_lr
 from train_ddp import DataParallel, run_rank
 
 FOLDER = os.path.join(train.CHECKPOINTS, "ds")
@@ -129,7 +129,8 @@ class Zero(DataParallel):
         """AdamW for whole parameters; DeepSpeed's for the CPU where deepspeed_config.json offloads to it."""
         zero = self.zero.get("zero_optimization", {})
         options = dict(lr=self.config.learning_rate, betas=(self.config.beta1, self.config.beta2))
-        groups = [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in groups]
+        groups = [{key: group[key] for key in ("params", "weight_decay", "lr_factor") if key in group}
+                  for group in groups]
         if zero.get("offload_optimizer") and self.zero.get("zero_force_ds_cpu_optimizer", True):
             from deepspeed.ops.adam import DeepSpeedCPUAdam
             return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
@@ -180,8 +181,7 @@ class Zero(DataParallel):
         float16 an overflow is 0, as in SingleProcess."""
         if self.sum_over_ranks(bool(self.nonfinite))[0]:
             return math.nan
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(self.engine.optimizer.param_groups, lr)
         norm = None
         if self.stage == 0 and self.dtype is torch.float32:  # DeepSpeed then keeps no norm
             norm = torch.nn.utils.get_total_norm(p.grad for p in self.model.parameters())

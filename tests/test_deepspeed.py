@@ -75,7 +75,7 @@ train_ddp.run_rank(main)
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory):
     workspace = Workspace(tmp_path_factory.mktemp("stages"))
-    workspace.configure("config_pretrain.json", gradient_accumulation_steps=4)
+    workspace.configure("config_pretrain.json", gradient_accumulation_steps=4, embedding_lr=2.0)
     (workspace.path / "many.py").write_text(MANY)
     workspace.run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "many.py",
                   json.dumps(STAGES), timeout=300)

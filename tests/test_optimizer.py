@@ -146,6 +146,23 @@ def test_every_parameter_is_in_one_group_and_set_lr_reaches_all(kind):
     assert {group["lr"] for group in optimizer.param_groups} == {0.123}
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_the_embedding_may_learn_faster_and_its_weight_decay_stays_that_of_the_rest(kind):
+    """With gradients of zero, decay is all that moves a parameter; the sign of a gradient moves one by lr."""
+    model = GPT(ModelConfig(**TINY, vocab_size=50, n_prev=1))
+    optimizer = build_optimizer(model, TrainConfig(optimizer=kind, embedding_lr=4.0, weight_decay=0.5))
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len(held) == len(set(held)) == len(list(model.parameters()))
+    wte, prev = model.lm_head.weight, model.transformer["prev"][0].weight
+    before = wte.detach().clone(), prev.detach().clone()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.set_lr(0.01)
+    optimizer.step()
+    torch.testing.assert_close(wte.data, before[0] * (1 - 0.01 * 0.5) - 0.04)
+    torch.testing.assert_close(prev.data, before[1] * (1 - 0.01 * 0.5) - 0.02)
+
+
 def test_betas_reach_adamw():
     _, optimizer = model_and_optimizer(beta1=0.5, beta2=0.6)
     assert {tuple(group["betas"]) for group in optimizer.param_groups} == {(0.5, 0.6)}
