@@ -24,6 +24,8 @@ enum { GELU, RELU2, SWIGLU };
 /* weight (out, in) of float, scale NULL; or of int8, scale (out). bias (out) or NULL. */
 typedef struct { const void *weight; const float *scale, *bias; } Linear;
 typedef struct { const float *ln_1, *ln_2; Linear attn, attn_proj, gate, fc, mlp_proj; } Layer;
+
+/* The fields of Linear, Layer and Model are those of the classes in decode.py, in the same order. */
 typedef struct {
     int32_t n_layer, n_head, n_kv_head, n_embd, hidden, vocab_size, activation, qk_norm, layernorm, n_threads;
     float norm_eps;
@@ -105,7 +107,7 @@ static void prepare(Input *in, const Linear *l, int n, int B) {
             for (int i = 0; i < n; i++)
                 in->lanes[((size_t)(b / GROUP) * n + i) * GROUP + b % GROUP] = in->x[(size_t)b * n + i];
     } else if (l->scale) { /* integers as large as n products with an int8 can be summed in 32 bits */
-        const float most = 2147483647.0f / (127.0f * n), largest = most < 32767 ? most : 32767;
+        const float most = 2.1e9f / (127.0f * n), largest = most < 32767 ? most : 32767;
         float top = 1e-12f;
 #pragma omp simd reduction(max : top)
         for (int i = 0; i < n; i++)
@@ -238,7 +240,8 @@ static void rotate_and_norm(const Model *m, float *x, int hs, int position) {
 }
 
 /* y (hs) = softmax(q · keys / √hs) · values, over S keys and values (S, hs); scores: room for S numbers. */
-static void attend(const float *q, const float *keys, const float *values, int hs, int S, float *scores, float *y) {
+static void attend(const float *q, const float *keys, const float *values, int hs, int S, float *scores,
+                   float *y) {
     float top = -INFINITY, total = 0;
     int s;
     for (s = 0; s < S; s++)
@@ -307,7 +310,8 @@ void decode(const Model *m, float *keys, float *values, int length, int position
         const int rank = 0, size = 1;
 #endif
         float *normed = own + rank * own_size(m, B, length), *lanes = normed + (size_t)B * widest;
-        float *rows = lanes + (size_t)in_groups(B) * widest, *q = rows + ROWS * (size_t)widest, *scores = q + widest;
+        float *rows = lanes + (size_t)in_groups(B) * widest, *q = rows + ROWS * (size_t)widest;
+        float *scores = q + widest;
         Input in = {NULL, (int16_t *)q, 0, lanes, rows};
         int from, to;
 
@@ -359,8 +363,10 @@ void decode(const Model *m, float *keys, float *values, int length, int position
             linear(&layer->fc, &in, C, B, from, to, 0, fc, hidden);
             if (m->activation == SWIGLU)
                 linear(&layer->gate, &in, C, B, from, to, 0, gate, hidden);
-            for (int b = 0; b < B; b++)
-                activate(m->activation, fc + (size_t)b * hidden + from, gate + (size_t)b * hidden + from, to - from);
+            for (int b = 0; b < B; b++) {
+                const size_t at = (size_t)b * hidden + from;
+                activate(m->activation, fc + at, gate + at, to - from);
+            }
 #pragma omp barrier
             in.x = fc;
             prepare(&in, &layer->mlp_proj, hidden, B);

@@ -72,6 +72,8 @@ class CompiledStep:
             c.qk_norm, c.final_norm == "layernorm", torch.get_num_threads(), c.norm_eps,
             wte, wpe, cos, sin, ln_f, ctypes.addressof(self.prev), ctypes.addressof(self.layers),
             self.linear_of(model.lm_head, *table))
+        for each in (cache.k, cache.v):
+            self.address(each, c.n_layer, self.batch_size, n_kv_head, cache.length, hs)
         self.work = torch.zeros(library.work_size(ctypes.byref(self.struct), self.batch_size, cache.length))
 
     def address(self, tensor, *shape):
@@ -99,6 +101,8 @@ class CompiledStep:
     def __call__(self, token):
         """The logits (B, V) after one more token a sequence, (B,)."""
         cache, n_prev, ids = self.cache, self.config.n_prev, token[:, None]
+        if len(token) != self.batch_size:
+            raise ValueError(f"{len(token)} tokens for {self.batch_size} sequences")
         for each in token.tolist():
             if not 0 <= each < self.config.vocab_size:  # C would read whatever lies there
                 raise IndexError(f"token id {each} is out of range, vocab_size is {self.config.vocab_size}")
@@ -143,7 +147,8 @@ def agrees(model, library):
 
 def step_of(model, cache):
     """The CompiledStep of a model and a cache, or None where PyTorch has to do it."""
-    if model.training or torch.is_grad_enabled() or cache.n_tokens >= cache.length:
+    full = cache.n_tokens >= min(cache.length, model.config.block_size)  # PyTorch then says what is wrong
+    if full or model.training or torch.is_grad_enabled():
         return None
     if cache.step is None:
         used = cache.k, *model.parameters()

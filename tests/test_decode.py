@@ -9,7 +9,7 @@ import torch
 
 import decode
 import native
-from config import ModelConfig
+from config import InputError, ModelConfig
 from generate import Int8Linear, decode_one_token, generate, quantize
 from model import GPT, KVCache
 
@@ -117,6 +117,15 @@ def test_a_token_outside_the_vocabulary_is_refused_before_memory_is_read():
     for token in (-1, 50):
         with pytest.raises(IndexError, match=f"token id {token} is out of range"):
             decode_one_token(model, torch.tensor([token]), cache)
+    with pytest.raises(ValueError, match="2 tokens for 1 sequences"):
+        decode_one_token(model, torch.tensor([1, 2]), cache)
+    longer = KVCache(model.config, 1, 40)  # than the model's tables of positions
+    model(torch.arange(32)[None], cache=longer)
+    with pytest.raises(InputError, match="33 tokens do not fit into the model's block_size 32"):
+        decode_one_token(model, torch.tensor([1]), longer)
+    other = KVCache(ModelConfig(n_layer=1, n_head=4, n_embd=32, block_size=32), 1, 32)
+    with pytest.raises(ValueError, match="where .* is expected"):
+        decode_one_token(model, torch.tensor([1]), other)
 
 
 @NO_COMPILER
