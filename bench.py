@@ -458,6 +458,7 @@ WIDTHS, LENGTHS = (128, 256, 384, 512, 768, 1024), (64, 128, 256, 512, 1024, 204
 def bench_growth(args, device):
     """How speed and memory grow with one quantity at a time, the others as in the arguments."""
     dtype, base, tokens = pick_dtype("bfloat16", device), vars(args.model), 2048
+    wait_for_library(device)
 
     def step(batch_size, **shape):
         model = ModelConfig(**{**base, **shape}).validate()
