@@ -143,11 +143,14 @@ def test_standard_input_that_is_not_utf8_is_one_line(trained):
 
 
 def test_ctrl_c_and_end_of_input_leave_cleanly(trained):
-    """A real process: it answers, waits for the next line, and goes without a traceback."""
+    """A real process: it answers, waits for the next line, and goes without a traceback.
+
+    Ctrl-C counts also where the tests run in the background, whose processes begin with it ignored."""
     for end, status in ((lambda p: p.stdin.close(), 0), (lambda p: p.send_signal(signal.SIGINT), 130)):
         process = subprocess.Popen([sys.executable, "inference.py", "-i", "-m", SFT, "-t", "0", "-r", "1"],
                                    cwd=trained.path, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE, env={**os.environ, "PYTHONIOENCODING": "utf-8"})
+                                   stderr=subprocess.PIPE, env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         process.stdin.write(b"after B?\n")
         process.stdin.flush()
         assert process.stdout.readline() == b"C.\n"
