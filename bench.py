@@ -189,7 +189,7 @@ def bench_generate(args, device):
         return model(prompt[:1].repeat(1, length // 8), last_only=True)[0].size(0) * (length // 8 * 8)
 
     ways = {"no cache, 1 sequence": uncached, "prefill": whole_prompt}
-    if compiled := wait_for_library(device):
+    if compiled := device.type == "cpu" and native.wait("decode.c"):
         small = copy.deepcopy(model)
         quantize(small)
     for rows in (1, 32):
@@ -205,17 +205,6 @@ def bench_generate(args, device):
     start = start_seconds(model, args)
     table([(name, f"{seconds:.2f}") for name, seconds in start.items()], ("from the command on", "seconds"))
     return {"parameters": model.n_params(), "tokens_per_second": rates, "start_seconds": start}
-
-
-def wait_for_library(device):
-    """Is decode.c there, after a minute at most? It serves a CPU."""
-    if device.type != "cpu" or not native.start("decode.c"):
-        return False
-    for _ in range(600):
-        if native.library("decode.c"):
-            return True
-        time.sleep(0.1)
-    return False
 
 
 def start_seconds(model, args):
@@ -458,7 +447,7 @@ WIDTHS, LENGTHS = (128, 256, 384, 512, 768, 1024), (64, 128, 256, 512, 1024, 204
 def bench_growth(args, device):
     """How speed and memory grow with one quantity at a time, the others as in the arguments."""
     dtype, base, tokens = pick_dtype("bfloat16", device), vars(args.model), 2048
-    wait_for_library(device)
+    native.wait("decode.c")  # decoding on a CPU takes it from the first token on
 
     def step(batch_size, **shape):
         model = ModelConfig(**{**base, **shape}).validate()

@@ -1,6 +1,5 @@
 """AdamW and Muon over parameter groups, and the learning-rate schedule."""
 
-import itertools
 import math
 
 import torch
@@ -112,7 +111,8 @@ def build_optimizer(model, config: TrainConfig):
         factors = config.embedding_lr, max(1.0, config.embedding_lr / (1 + model.config.n_prev))
         groups = [{"params": params, "weight_decay": config.weight_decay / factor, "lr_factor": factor}
                   for params, factor in zip(tables, factors, strict=True)]
-        rest = [p for p in rest if p not in set(itertools.chain(*tables))]
+        taken = {p for params in tables for p in params}
+        rest = [p for p in rest if p not in taken]
     groups += [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
                {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
     fused = model.lm_head.weight.device.type in ("cuda", "cpu")

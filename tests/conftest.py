@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from unittest import mock
 
@@ -45,12 +44,7 @@ PAIRS = [(f"after {b}{mark}", f"{a}.") for mark in ("", "?", "!", "？")
 @pytest.fixture(scope="session", autouse=True)
 def compiled():
     """decode.c is compiled before anything generates, so that each run of the tests takes the same way."""
-    path = native.start("decode.c")
-    for _ in range(600):
-        if path is None or os.path.exists(path):
-            return
-        time.sleep(0.1)
-    raise AssertionError("decode.c has not been compiled within a minute")
+    assert native.wait("decode.c") or native.start("decode.c") is None, "decode.c does not compile"
 
 
 def train_main():

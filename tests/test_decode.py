@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import time
 
 import pytest
 import torch
@@ -30,6 +29,14 @@ def trained_like(**values):
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model
+
+
+@torch.no_grad()
+def started(model):
+    """A cache that holds a prompt of two tokens."""
+    cache = KVCache(model.config, 1, 32)
+    model(torch.tensor([[1, 2]]), cache=cache)
+    return cache
 
 
 @torch.no_grad()
@@ -95,8 +102,7 @@ def test_the_shortest_prompt_has_fewer_tokens_than_n_prev():
 @torch.no_grad()
 def test_generation_takes_the_compiled_step_and_training_does_not():
     model = trained_like()
-    cache = KVCache(model.config, 1, 32)
-    model(torch.tensor([[1, 2]]), cache=cache)
+    cache = started(model)
     assert decode.step_of(model, cache)
     with torch.enable_grad():
         assert decode.step_of(model, cache) is None
@@ -112,8 +118,7 @@ def test_generation_takes_the_compiled_step_and_training_does_not():
 @torch.no_grad()
 def test_a_token_outside_the_vocabulary_is_refused_before_memory_is_read():
     model = trained_like()
-    cache = KVCache(model.config, 1, 32)
-    model(torch.tensor([[1, 2]]), cache=cache)
+    cache = started(model)
     for token in (-1, 50):
         with pytest.raises(IndexError, match=f"token id {token} is out of range"):
             decode_one_token(model, torch.tensor([token]), cache)
@@ -178,8 +183,7 @@ def test_without_a_compiler_pytorch_generates_the_same_and_nothing_is_left(elsew
     monkeypatch.setenv("CC", compiler)
     native.start.cache_clear()
     assert greedy(model) == expected
-    time.sleep(0.5)
-    assert decode.library() is None and not list(elsewhere.iterdir())
+    assert native.wait("decode.c") is None and not list(elsewhere.iterdir())
 
 
 @NO_COMPILER
@@ -188,25 +192,20 @@ def test_generation_does_not_wait_for_the_compiler_and_the_library_is_made_once(
     expected = greedy(model)
     begun = list(elsewhere.glob("*.so"))
     assert not begun  # the text was there before the library
-    for _ in range(600):
-        if made := list(elsewhere.glob("*.so")):
-            break
-        time.sleep(0.1)
-    assert decode.library() and greedy(model) == expected
+    assert native.wait("decode.c") and decode.library() and greedy(model) == expected
+    made = list(elsewhere.glob("*.so"))
     when = made[0].stat().st_mtime_ns
     native.start.cache_clear()
     assert native.start("decode.c") == str(made[0]) and made[0].stat().st_mtime_ns == when
     assert list(elsewhere.iterdir()) == made
 
 
+@NO_COMPILER
 def test_a_damaged_library_or_a_folder_that_cannot_be_written_to_leaves_pytorch(elsewhere, monkeypatch):
     model = trained_like()
     path = native.start("decode.c")
     assert path
-    for _ in range(600):
-        if os.path.exists(path):
-            break
-        time.sleep(0.1)
+    native.COMPILING[path].wait(60)
     with open(path, "wb") as f:
         f.write(b"\x7fELF")
     assert decode.library() is None and len(greedy(model)) == 20
