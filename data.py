@@ -8,8 +8,9 @@
 Text comes out as token ids, shape (tokens,). Instruction data comes out as ids and loss mask side by side,
 shape (tokens, 2), each row of it ended by one <|Padding|>.
 
-Each input is read twice, once for its characters and once to encode it, a piece at a time, so that memory
-does not grow with the file. Nothing is put in place before everything has succeeded.
+Inputs are read a piece at a time, so that memory does not grow with the file. Characters get their ids as
+they turn up; when all are known, they are put in order and the ids in the files changed. Nothing is put in
+place before everything has succeeded.
 """
 
 import codecs
@@ -31,7 +32,7 @@ import numpy as np
 from tqdm import tqdm
 
 from config import ROOT, InputError, ModelConfig, Parser, load_config, run
-from tokenizer import CODE_POINTS, SPECIAL_TOKENS, Tokenizer, code_points, encode_conversation
+from tokenizer import GrowingTokenizer, Tokenizer, encode_conversation
 
 DATASET = os.path.normpath(os.path.join(os.path.relpath(ROOT), "dataset"))
 SIDES = ("training", "validation")
@@ -41,6 +42,7 @@ LONGEST_ROW = 1 << 24  # bytes of a line of JSONL: what holds more is a mistake,
 BUCKETS = 1 << 16  # that texts are sorted into; a bucket is for training or for validation
 FEWEST_DOCUMENTS = 20  # of fewer, whole documents are too coarse a choice
 ROWS_AT_ONCE = 1000
+IDS_AT_ONCE = 1 << 20
 BAD_ROWS_SHOWN = 10
 
 # What a piece of text must not end with, as the next may complete it: a special token or a CRLF.
@@ -48,23 +50,24 @@ UNFINISHED = re.compile(r"(?:<(?:\|\w{0,14}\|?)?|\r)\Z", re.ASCII)
 # White space after <|eos|> is of the document before it; the group is where it ends. A <|bos|> there is part
 # of the match, which makes one cut of the two.
 BOUNDARY = re.compile(r"<\|(?:eos\|>\s*()(?:<\|bos\|>)?|bos\|>)")
+NORMALISED = "byte order mark", "CRLF or CR line ends"
 BLANK_LINES = re.compile(r"\n(?:[ \t]*\n)+")
 PREPARED = re.compile(r"(?:pretrain(?:_\d+)?|sft)_(?:train|val)\.npy")
 
 
-def progress(path, verb):
+def progress(path, verb="encoding"):
     """A bar over the bytes of a file, on a terminal's stderr only."""
     return tqdm(total=os.path.getsize(path), desc=f"{verb} {os.path.basename(path)}", unit="B",
                 unit_scale=True, leave=False, disable=None)
 
 
-def read_text(path, verb, notes):
+def read_text(path, totals):
     """Yield the text of a UTF-8 file in pieces, without byte order mark, its lines ended by \\n.
 
-    No piece ends within a character, a special token or a CRLF. What was normalised is counted in `notes`.
-    Raises InputError naming the first byte that is not UTF-8."""
+    No piece ends within a character, a special token or a CRLF. Its characters and what was normalised are
+    counted in the Counter `totals`. Raises InputError naming the first byte that is not UTF-8."""
     offset, rest = 0, b""  # the bytes that the last piece left over, and where in the file they begin
-    with open(path, "rb") as file, progress(path, verb) as bar:
+    with open(path, "rb") as file, progress(path) as bar:
         while True:
             block = file.read(CHUNK_BYTES)
             data = rest + block
@@ -79,10 +82,11 @@ def read_text(path, verb, notes):
                 used -= len(unfinished[0])  # ASCII: as many bytes as characters
             if offset == 0 and text.startswith("\ufeff"):
                 text = text[1:]
-                notes["byte order mark"] += 1
+                totals["byte order mark"] += 1
             if "\r" in text:
-                notes["CRLF or CR line ends"] += text.count("\r")
+                totals["CRLF or CR line ends"] += text.count("\r")
                 text = text.replace("\r\n", "\n").replace("\r", "\n")
+            totals["characters"] += len(text)
             if text:
                 yield text
             if not block:
@@ -110,69 +114,56 @@ def cut_blank(text):
 CUT = {"marked": cut_marked, "line": lambda text: text.split("\n"), "blank": cut_blank}  # by --documents
 
 
-def read_documents(path, how, verb, notes):
-    """Yield lists of documents, each with the number of documents that end in it.
+def read_documents(path, how, totals):
+    """Yield lists of documents; how many there are is added to `totals`.
 
     A document over LONGEST_DOCUMENT comes in parts. White space alone is no document."""
     rest = ""
-    for text in read_text(path, verb, notes):
+    for text in read_text(path, totals):
         if len(rest) > LONGEST_DOCUMENT:
-            yield [rest], 0
+            yield [rest]
             rest = ""
         *documents, rest = CUT[how](rest + text)
         documents = [document for document in documents if document and not document.isspace()]
+        totals["documents"] += len(documents)
         if documents:
-            yield documents, len(documents)
+            yield documents
     if rest.strip():
-        yield [rest.rstrip() if how == "blank" else rest], 1
+        totals["documents"] += 1
+        yield [rest.rstrip() if how == "blank" else rest]
 
 
-class CharacterCounts:
-    """How often each character occurs, in a table of fixed size."""
-
-    def __init__(self):
-        self.counts = np.zeros(CODE_POINTS, np.int64)
-
-    def add(self, text, times=1):
-        found = np.bincount(code_points(text))
-        self.counts[:len(found)] += times * found
-
-    def characters(self):
-        return [chr(code) for code in np.flatnonzero(self.counts)]
-
-    def unknown_to(self, tokenizer):
-        """The characters that a tokenizer lacks, each with its number, as a Counter."""
-        return Counter({c: int(self.counts[ord(c)]) for c in self.characters() if c not in tokenizer.stoi})
+def may_hold_documents(path, how):
+    """Whether there may be FEWEST_DOCUMENTS in a file, of which no more is read than it takes to see that."""
+    marks, found, block = (b"<|bos|>", b"<|eos|>") if how == "marked" else (b"\n", b"\r"), 1, b""
+    with open(path, "rb") as file:
+        while found < FEWEST_DOCUMENTS:
+            # The end of the block before is looked at again: a mark may lie on the edge.
+            edge = block[max(0, len(block) - len(marks[0]) + 1):]
+            block = edge + file.read(CHUNK_BYTES)
+            if block == edge:
+                return False
+            found += sum(map(block.count, marks))
+    return True
 
 
-def survey_text(path, how, special_tokens, counts):
-    """Add a text file's characters to `counts`; returns what is to be known before it is encoded."""
-    special = re.compile("|".join(map(re.escape, special_tokens)))
-    notes, marks, n_characters = Counter(), Counter(), 0
-    for text in read_text(path, "counting", notes):
-        counts.add(text)
-        n_characters += len(text)
-        marks.update(special.findall(text))
-        marks["\n"] += text.count("\n")
-    if not n_characters:
-        raise InputError(f"{path}: is empty; give a file with text in it")
-    # What spells a special token, or ends a line that is a document, need not be in the vocabulary.
-    for token in [*special_tokens, "\n"] if how == "line" else special_tokens:
-        counts.add(token, -marks[token])
-    if notes:
-        print(f"{path}: normalised " + ", ".join(f"{n:,} {what}" for what, n in notes.items()))
-    most_documents = 1 + (marks["<|bos|>"] + marks["<|eos|>"] if how == "marked" else marks["\n"])
-    return {"file": path, "characters": n_characters, "most_documents": most_documents}
+def count_unknown(ids, text, tokenizer, totals, allow_special=False):
+    """Add to `totals` which characters of the text are unknown, if any of its ids says so."""
+    if (ids == tokenizer.unknown_id).any():
+        for character, n in tokenizer.unknown(text, allow_special).items():
+            totals["unknown", character] += n
 
 
-def encode_documents(documents, how, tokenizer):
+def encode_documents(documents, how, tokenizer, totals):
     """Token ids of documents, shape (tokens,), each between <|bos|> and <|eos|>."""
     if how == "marked":
         text = "".join(documents)
     else:
         bos, eos = tokenizer.itos[tokenizer.bos_id], tokenizer.itos[tokenizer.eos_id]
         text = bos + (eos + bos).join(documents) + eos
-    return tokenizer.encode(text, allow_special=True)
+    ids = tokenizer.encode(text, allow_special=True)
+    count_unknown(ids, text, tokenizer, totals, allow_special=True)
+    return ids
 
 
 # ---- The split: side 0 is training, side 1 validation ----
@@ -187,28 +178,26 @@ def side_of(text, table):
     return table[crc32(text.strip().encode("utf-8", "surrogatepass")) % BUCKETS]
 
 
-def split_documents(batches, encode, seed, fraction, totals):
+def split_documents(read, encode, seed, fraction, totals):
     """Yield (side, ids): whole documents, chosen by their content."""
     table = side_table(fraction, seed)
-    for documents, ended in batches():
+    for documents in read(totals=totals):
         # As side_of, without a call for each document, which costs as much as the hash itself.
         sides = [table[crc32(document.strip().encode()) % BUCKETS] for document in documents]
-        totals["documents"] += ended
         for side in range(2):
             chosen = [document for document, its in zip(documents, sides, strict=True) if its == side]
             if chosen:
                 totals["documents", side] += len(chosen)
-                yield side, encode(chosen)
+                yield side, encode(chosen, totals=totals)
 
 
-def split_spans(batches, encode, seed, span, fraction, totals):
+def split_spans(read, encode, seed, span, fraction, totals):
     """Yield (side, ids): spans of `span` tokens, every 1/fraction-th of them for validation.
 
     They are evenly spread, as chance would leave gaps in a short text; the seed says which is the first."""
     phase, position = random.Random(seed).random(), 0
-    for documents, ended in batches():
-        totals["documents"] += ended
-        ids = encode(documents)
+    for documents in read(totals=totals):
+        ids = encode(documents, totals=totals)
         while len(ids):
             number, offset = divmod(position, span)
             side = int((number + 1) * fraction + phase) - int(number * fraction + phase)
@@ -242,11 +231,12 @@ class NpyWriter:
             self.write_header()
 
 
-def write_split(parts, paths, dtype, row_shape, fraction, least):
+def write_split(parts, paths, dtype, row_shape, fraction, least, fewest_documents=0):
     """Write `parts(fraction, totals)`, pairs of (side, rows), to the file of their side.
 
     Returns the Counter `totals`, with ("tokens", side) added. Of few documents, all may by chance fall to one
-    side: where a side has fewer than `least` tokens, the fraction is moved and everything is written anew."""
+    side: where a side has fewer than `least` tokens, the fraction is moved and everything is written anew;
+    but not for fewer than `fewest_documents`."""
     low, high = 0.0, 1.0
     for _ in range(20):
         totals = Counter()
@@ -256,11 +246,17 @@ def write_split(parts, paths, dtype, row_shape, fraction, least):
                 (training, validation)[side].append(rows)
                 totals["tokens", side] += len(rows)
         short = [totals["tokens", side] < least for side in range(2)]
-        if not any(short) or totals["tokens", 0] + totals["tokens", 1] < 2 * least:
+        if (not any(short) or totals["tokens", 0] + totals["tokens", 1] < 2 * least
+                or totals["documents"] < fewest_documents):
             break
         low, high = (fraction, high) if short[1] else (low, fraction)
         fraction = min(2 * low, (low + high) / 2) if low else high / 2
     return totals
+
+
+def unknown_of(totals):
+    """Which characters were unknown, and how often, as a Counter."""
+    return Counter({key[1]: n for key, n in totals.items() if key[0] == "unknown"})
 
 
 def by_side(totals, *names):
@@ -268,29 +264,48 @@ def by_side(totals, *names):
     return {word: {name: totals[name, side] for name in names} for side, word in enumerate(SIDES)}
 
 
-def prepare_text(survey, tokenizer, args, paths):
+def renumber(path, new_ids):
+    """Put new_ids[i] for the token id i, all through a prepared file."""
+    array = np.load(path, mmap_mode="r")
+    with open(path, "r+b") as file, progress(path, "ordering") as bar:
+        file.seek(array.offset)
+        while len(ids := np.fromfile(file, array.dtype, IDS_AT_ONCE)):
+            tokens = ids[::2] if array.ndim == 2 else ids  # between them may be the loss mask
+            tokens[:] = new_ids.take(tokens)
+            file.seek(-ids.nbytes, os.SEEK_CUR)
+            file.write(ids)
+            bar.update(ids.nbytes)
+
+
+def prepare_text(path, tokenizer, args, paths, unknown):
     """Encode one text file into its training and validation file; returns its numbers for the report."""
-    path, least = survey["file"], args.block_size + 1
-    batches = partial(read_documents, path, args.documents, "encoding", Counter())
+    least = args.block_size + 1
+    read = partial(read_documents, path, args.documents)
     encode = partial(encode_documents, how=args.documents, tokenizer=tokenizer)
     write = partial(write_split, paths=paths, dtype=tokenizer.dtype, row_shape=(), fraction=args.val_fraction,
                     least=least)
-    # Long spans, as a window over a seam between two of them is not running text; but enough of them.
-    span = max(least, min(16 * args.block_size, survey["characters"] // FEWEST_DOCUMENTS))
-    split, totals = f"spans of {span:,} tokens", Counter()
-    if survey.pop("most_documents") >= FEWEST_DOCUMENTS:
-        totals = write(partial(split_documents, batches, encode, args.seed))
-    if totals["documents"] >= FEWEST_DOCUMENTS and min(totals["tokens", 0], totals["tokens", 1]) >= least:
-        split = "whole documents"
-    else:
-        totals = write(partial(split_spans, batches, encode, args.seed, span))
+    split, totals = "whole documents", Counter()
+    if may_hold_documents(path, args.documents):
+        totals = write(partial(split_documents, read, encode, args.seed), fewest_documents=FEWEST_DOCUMENTS)
+    if totals["documents"] < FEWEST_DOCUMENTS or min(totals["tokens", 0], totals["tokens", 1]) < least:
+        # Long spans, as a window over a seam between two of them is not running text; but enough of them.
+        characters = sum(map(len, read_text(path, Counter())))
+        if not characters:
+            raise InputError(f"{path}: is empty; give a file with text in it")
+        span = max(least, min(16 * args.block_size, characters // FEWEST_DOCUMENTS))
+        split = f"spans of {span:,} tokens"
+        totals = write(partial(split_spans, read, encode, args.seed, span))
     tokens = totals["tokens", 0], totals["tokens", 1]
     if min(tokens) < least:
         raise InputError(f"{path}: {tokens[0]:,} tokens for training and {tokens[1]:,} for validation, but a "
                          f"block takes {least:,}; give more text or a smaller --block_size")
+    normalised = [f"{totals[what]:,} {what}" for what in NORMALISED if totals[what]]
+    if normalised:
+        print(f"{path}: normalised {', '.join(normalised)}")
     totals["blocks", 0], totals["blocks", 1] = (n // args.block_size for n in tokens)
-    return {**survey, "documents": totals["documents"], "split": split,
-            **by_side(totals, "documents", "tokens", "blocks")}
+    unknown += unknown_of(totals)
+    return {"file": path, "characters": totals["characters"], "documents": totals["documents"],
+            "split": split, **by_side(totals, "documents", "tokens", "blocks")}
 
 
 # ---- Instruction data: rows of questions and answers ----
@@ -339,9 +354,9 @@ def pair_messages(messages):
     return list(zip(contents[::2], contents[1::2], strict=True))
 
 
-def read_conversations(path, verb, complain):
+def read_conversations(path, complain):
     """Yield the turns of each good row of a JSONL file; bad ones go to `complain(line number, reason)`."""
-    with open(path, "rb") as file, progress(path, verb) as bar:
+    with open(path, "rb") as file, progress(path) as bar:
         for number, line in enumerate(iter(partial(file.readline, LONGEST_ROW), b""), 1):
             bar.update(len(line))
             if len(line) == LONGEST_ROW and not line.endswith(b"\n"):
@@ -367,37 +382,16 @@ def in_batches(rows):
         yield batch
 
 
-def survey_rows(path, strict, counts):
-    """Add the characters of a JSONL file to `counts`; bad rows are printed. Returns how many there are."""
-    n_bad = n_good = 0
-
-    def complain(number, reason):
-        nonlocal n_bad
-        n_bad += 1
-        if strict:
-            raise InputError(f"{path}, line {number}: {reason}")
-        if n_bad <= BAD_ROWS_SHOWN:
-            tqdm.write(f"{path}, line {number}: {reason}; skipped", file=sys.stderr)
-
-    for batch in in_batches(read_conversations(path, "counting", complain)):
-        counts.add("".join([text for turns in batch for turn in turns for text in turn]))
-        n_good += len(batch)
-    if n_bad > BAD_ROWS_SHOWN:
-        print(f"{path}: {n_bad - BAD_ROWS_SHOWN:,} more bad rows skipped", file=sys.stderr)
-    if not n_good:
-        raise InputError(f"{path}: holds no row that can be used" if n_bad else f"{path}: is empty")
-    return {"file": path, "bad_rows": n_bad}
-
-
-def encode_row(turns, tokenizer, block_size, long_rows):
+def encode_row(turns, tokenizer, args, totals):
     """A conversation as (row, cropped): ids and loss mask, shape (tokens, 2), ended by <|Padding|>.
 
     The row is None where it is to be dropped. A row of block_size + 1 tokens makes block_size predictions."""
     ids, mask = encode_conversation(tokenizer, turns)
-    cropped = len(ids) > block_size + 1
+    count_unknown(ids, "".join([text for turn in turns for text in turn]), tokenizer, totals)
+    cropped = len(ids) > args.block_size + 1
     if cropped:
-        answered = np.flatnonzero(mask[:block_size + 1])
-        if long_rows == "drop" or not len(answered):
+        answered = np.flatnonzero(mask[:args.block_size + 1])
+        if args.long_rows == "drop" or not len(answered):
             return None, False
         end = answered[-1] + 1  # not within a later question, which would teach nothing
         ids, mask = ids[:end], mask[:end]
@@ -406,14 +400,24 @@ def encode_row(turns, tokenizer, block_size, long_rows):
     return row, cropped
 
 
-def split_rows(path, tokenizer, args, fraction, totals):
-    """Yield (side, rows). The first question decides: the same prompt is never on both sides."""
+def split_rows(path, tokenizer, args, shown, fraction, totals):
+    """Yield (side, rows). The first question decides: the same prompt is never on both sides.
+
+    Bad rows are printed, the first few, whose lines are added to the set `shown`, once each."""
     table = side_table(fraction, args.seed)
-    conversations = read_conversations(path, "encoding", lambda number, reason: None)
-    for batch in in_batches(conversations):
+
+    def complain(number, reason):
+        totals["bad_rows"] += 1
+        if args.strict:
+            raise InputError(f"{path}, line {number}: {reason}")
+        if number not in shown and len(shown) < BAD_ROWS_SHOWN:
+            shown.add(number)
+            tqdm.write(f"{path}, line {number}: {reason}; skipped", file=sys.stderr)
+
+    for batch in in_batches(read_conversations(path, complain)):
         sides = [], []
         for turns in batch:
-            row, cropped = encode_row(turns, tokenizer, args.block_size, args.long_rows)
+            row, cropped = encode_row(turns, tokenizer, args, totals)
             if row is None:
                 totals["dropped"] += 1
                 continue
@@ -427,36 +431,46 @@ def split_rows(path, tokenizer, args, fraction, totals):
                 yield side, np.concatenate(rows)
 
 
-def prepare_rows(survey, tokenizer, args, paths):
+def prepare_rows(path, tokenizer, args, paths, unknown):
     """Encode the instruction data into its training and validation file; returns its numbers."""
-    path, parts = survey["file"], partial(split_rows, survey["file"], tokenizer, args)
-    totals = write_split(parts, paths, tokenizer.dtype, (2,), args.val_fraction, least=1)
-    if not totals["rows", 0] + totals["rows", 1]:
+    totals = write_split(partial(split_rows, path, tokenizer, args, set()), paths, tokenizer.dtype, (2,),
+                         args.val_fraction, least=1)
+    n_bad, n_used = totals["bad_rows"], totals["rows", 0] + totals["rows", 1]
+    if n_bad > BAD_ROWS_SHOWN:
+        print(f"{path}: {n_bad - BAD_ROWS_SHOWN:,} more bad rows skipped", file=sys.stderr)
+    if not n_used + totals["dropped"]:
+        raise InputError(f"{path}: holds no row that can be used" if n_bad else f"{path}: is empty")
+    if not n_used:
         raise InputError(f"{path}: no row fits into --block_size {args.block_size}; give a larger one")
     if not (totals["rows", 0] and totals["rows", 1]):
         raise InputError(f"{path}: needs at least two different questions, one of them for validation")
-    return {**survey, "cropped": totals["cropped"], "dropped": totals["dropped"],
+    unknown += unknown_of(totals)
+    return {"file": path, "bad_rows": n_bad, "cropped": totals["cropped"], "dropped": totals["dropped"],
             **by_side(totals, "rows", "turns", "tokens")}
 
 
-def prepare(args, folder):
+def prepare(args, folder, dtype="<u2"):
     """Read the inputs and write all prepared files into `folder`; returns the numbers for the report."""
-    tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
-    special_tokens = tokenizer.special_tokens if tokenizer else SPECIAL_TOKENS
-    counts = CharacterCounts()
-    texts = [survey_text(path, args.documents, special_tokens, counts) for path in args.pretrain]
-    rows = survey_rows(args.sft, args.strict, counts) if args.sft else None
-    tokenizer = tokenizer or Tokenizer.build(counts.characters())
-    tokenizer.save(os.path.join(folder, "tokenizer.json"))
+    tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else GrowingTokenizer(dtype)
+    unknown = Counter()
 
     def paths(stem):
         return [os.path.join(folder, f"{stem}_{side}.npy") for side in ("train", "val")]
 
-    stems = ["pretrain"] if len(texts) == 1 else [f"pretrain_{i}" for i in range(len(texts))]
-    texts = [prepare_text(text, tokenizer, args, paths(stem))
-             for text, stem in zip(texts, stems, strict=True)]
-    rows = prepare_rows(rows, tokenizer, args, paths("sft")) if rows else None
-    unknown = counts.unknown_to(tokenizer)
+    stems = ["pretrain"] if len(args.pretrain) == 1 else [f"pretrain_{i}" for i in range(len(args.pretrain))]
+    try:
+        texts = [prepare_text(path, tokenizer, args, paths(stem), unknown)
+                 for path, stem in zip(args.pretrain, stems, strict=True)]
+        rows = prepare_rows(args.sft, tokenizer, args, paths("sft"), unknown) if args.sft else None
+    except OverflowError:  # more characters than ids of two bytes
+        if dtype == "<u4":
+            raise
+        return prepare(args, folder, "<u4")
+    if not args.tokenizer:
+        tokenizer, new_ids = tokenizer.in_order()
+        for name in os.listdir(folder):
+            renumber(os.path.join(folder, name), new_ids)
+    tokenizer.save(os.path.join(folder, "tokenizer.json"))
     return {"vocab_size": tokenizer.vocab_size, "block_size": args.block_size,
             "unknown_characters": unknown.total(), "commonest_unknown": unknown.most_common(10),
             "pretrain": texts, "sft": rows}

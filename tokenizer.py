@@ -13,6 +13,7 @@ Ids 0 to 5 are the special tokens, then come the distinct characters of the text
 
 import json
 import os
+from collections import Counter
 
 import numpy as np
 
@@ -21,11 +22,28 @@ from config import InputError, read_json
 SPECIAL_TOKENS = ["<|Padding|>", "<|unknown|>", "<|bos|>", "<|eos|>", "<|InstructMark|>", "<|ResponseMark|>"]
 CODE_POINTS = 0x110000
 LONG = 0xFFFFFFFF  # stands where an entry of several characters has no single code point
+# Surrogates are code points that no character has: here they stand for the special tokens.
+SPECIAL_CODES = range(0xD800, 0xDFFF)
+NO_CHARACTER = 0xDFFF
 
 
 def code_points(text):
-    """The Unicode code points of a string, shape (characters,), uint32. Lone surrogates pass."""
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+    """The Unicode code points of a string, shape (characters,), uint16 where they fit, or else uint32.
+
+    A lone surrogate, which cannot be written to a file, becomes NO_CHARACTER."""
+    try:
+        codes = np.frombuffer(text.encode("utf-16-le"), "<u2")
+        if len(codes) == len(text):  # no character takes two
+            return codes
+    except UnicodeEncodeError:
+        pass
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4").copy()
+    codes[is_surrogate(codes)] = NO_CHARACTER
+    return codes
+
+
+def is_surrogate(codes):
+    return codes >> 11 == NO_CHARACTER >> 11
 
 
 class Tokenizer:
@@ -71,6 +89,9 @@ class Tokenizer:
                 self._code_of_id[i] = ord(token)
             elif not self._is_special[i]:
                 self._word_lengths.setdefault(token[0], set()).add(len(token))
+        self._special_codes = dict(zip(self.special_tokens, SPECIAL_CODES, strict=False))
+        for token, code in self._special_codes.items():
+            self._id_of_code[code] = self.stoi[token]
         for first, lengths in self._word_lengths.items():
             self._word_lengths[first] = sorted(lengths, reverse=True)
 
@@ -80,8 +101,7 @@ class Tokenizer:
         characters = set()
         for text in texts:
             characters.update(text)
-        # A lone surrogate is no character: it cannot be written to a file. It stays unknown.
-        characters = sorted(c for c in characters if not "\ud800" <= c <= "\udfff")
+        characters = sorted(c for c in characters if not is_surrogate(ord(c)))
         return cls(SPECIAL_TOKENS + characters, SPECIAL_TOKENS)
 
     def encode(self, text, allow_special=False):
@@ -92,23 +112,31 @@ class Tokenizer:
         """
         if self._word_lengths:
             return self._encode_words(text, allow_special)
-        codes = code_points(text)
-        ids = self._id_of_code.take(codes)
-        return self._merge_special(codes, ids) if allow_special and "<|" in text else ids
+        return self._id_of_code.take(self._codes(text, allow_special))
 
-    def _merge_special(self, codes, ids):
-        """Put special tokens in the place of their characters: codes, ids (characters,) -> (tokens,)."""
-        keep = np.ones(len(ids), dtype=bool)
+    def _codes(self, text, allow_special):
+        """The code points of a text; a special token, if allowed, as one of SPECIAL_CODES. (tokens,)"""
+        codes = code_points(text)
+        if not (allow_special and "<|" in text):
+            return codes
+        merged, keep = codes.copy(), np.ones(len(codes), dtype=bool)
         opened = np.flatnonzero(codes[:-1] == ord("<"))
         opened = opened[codes[opened + 1] == ord("|")]
-        for token in self.special_tokens:
+        for token, code in self._special_codes.items():
             at = opened[opened <= len(codes) - len(token)]
             for i, character in enumerate(token):
                 at = at[codes[at + i] == ord(character)]
-            ids[at] = self.stoi[token]
+            merged[at] = code
             for i in range(1, len(token)):
                 keep[at + i] = False
-        return ids[keep]
+        return merged[keep]
+
+    def unknown(self, text, allow_special=False):
+        """The characters of a text that are not in the vocabulary, each with its number, as a Counter."""
+        codes = self._codes(text, allow_special)
+        codes = codes[self._id_of_code.take(codes) == self.unknown_id].astype("<u4")
+        codes = codes[codes != self._special_codes[self.itos[self.unknown_id]]]
+        return Counter(str(codes, "utf-32-le", "surrogatepass"))
 
     def _encode_words(self, text, allow_special):
         """The longest entry that matches, again and again: the reference project's rule for words."""
@@ -177,6 +205,9 @@ class Tokenizer:
         # type and that the model says, so it is treated as one.
         special_tokens = [token for token in values["special_tokens"]
                           if isinstance(token, str) and token.startswith("<|") and token.endswith("|>")]
+        if len(special_tokens) > len(SPECIAL_CODES):
+            raise InputError(f"{where}: {len(special_tokens)} special tokens, but there may be at most "
+                             f"{len(SPECIAL_CODES)}")
         for token in special_tokens:
             if token not in itos:
                 raise InputError(f"{where}: the special token {token!r} is not in itos")
@@ -199,6 +230,42 @@ class Tokenizer:
     def load(cls, path):
         """A tokenizer from its JSON file. Raises InputError naming the file and what is wrong with it."""
         return cls.from_dict(read_json(path), path)
+
+
+class GrowingTokenizer(Tokenizer):
+    """A tokenizer that takes up every new character of what it encodes, in the order in which they turn up.
+
+    So a text need not be read once for its vocabulary and then again. `in_order` gives the final Tokenizer.
+    Raises OverflowError when there are more entries than ids of `dtype`."""
+
+    def __init__(self, dtype):
+        super().__init__(list(SPECIAL_TOKENS), SPECIAL_TOKENS)
+        self.dtype = np.dtype(dtype)
+        self._id_of_code = self._id_of_code.astype(dtype)
+
+    def encode(self, text, allow_special=False):
+        codes = self._codes(text, allow_special)
+        ids = self._id_of_code.take(codes)
+        new = ids == self.unknown_id
+        if new.any() and self._learn(codes[new]):
+            ids = self._id_of_code.take(codes)
+        return ids
+
+    def _learn(self, codes):
+        """Add the characters of some codes to the vocabulary; returns how many were added."""
+        codes = np.unique(codes[~is_surrogate(codes)])
+        first = self.vocab_size
+        self.itos += map(chr, codes.tolist())
+        self.vocab_size = len(self.itos)
+        if self.vocab_size > np.iinfo(self.dtype).max:
+            raise OverflowError(f"{self.vocab_size} entries do not fit into {self.dtype}")
+        self._id_of_code[codes] = np.arange(first, self.vocab_size)
+        return len(codes)
+
+    def in_order(self):
+        """The tokenizer of the same characters, sorted, and its ids for those given so far, (vocab_size,)."""
+        tokenizer = Tokenizer.build(self.itos[len(SPECIAL_TOKENS):])
+        return tokenizer, np.array([tokenizer.stoi[token] for token in self.itos], self.dtype)
 
 
 def join_ids(tokenizer, parts):

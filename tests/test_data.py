@@ -151,7 +151,7 @@ def test_documents_do_not_hang_on_the_size_of_chunks(tmp_path_factory, how, piec
     path = write_text(tmp_path_factory.getbasetemp() / "fuzzed.txt", text)
 
     def read():
-        return [document for documents, _ in data.read_documents(path, how, "", data.Counter())
+        return [document for documents in data.read_documents(path, how, data.Counter())
                 for document in documents]
 
     whole = read()
@@ -162,12 +162,21 @@ def test_documents_do_not_hang_on_the_size_of_chunks(tmp_path_factory, how, piec
         assert "".join(whole).strip() == text.replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
+@pytest.mark.parametrize("size", [1, 3, 7, 8, 1000])
+@pytest.mark.parametrize("how, mark", [("marked", "<|eos|>"), ("marked", "<|bos|>"), ("line", "\n")])
+def test_enough_marks_for_documents_are_found_at_any_chunk_edge(tmp_path, monkeypatch, how, mark, size):
+    monkeypatch.setattr(data, "CHUNK_BYTES", size)
+    for n, expected in ((data.FEWEST_DOCUMENTS - 2, False), (data.FEWEST_DOCUMENTS - 1, True)):
+        path = write_text(tmp_path / "a.txt", f"x{mark}" * n)
+        assert data.may_hold_documents(path, how) is expected
+
+
 def test_a_document_longer_than_a_chunk_keeps_every_character(prepare, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "CHUNK_BYTES", 100)
     monkeypatch.setattr(data, "LONGEST_DOCUMENT", 150)
     text = "".join(chr(0x4E00 + n) for n in range(3000))
     path = write_text(tmp_path / "a.txt", text)
-    parts = [documents for documents, _ in data.read_documents(path, "marked", "", data.Counter())]
+    parts = list(data.read_documents(path, "marked", data.Counter()))
     assert max(len(part) for [part] in parts) < 250  # so it is never in memory as a whole
     prepared = prepare("--pretrain", path)
     assert prepared.result["pretrain"][0]["documents"] == 1
@@ -365,6 +374,15 @@ def test_bad_rows_are_named_by_line_and_skipped(tmp_path, capsys, row):
     assert numbers["training"]["rows"] + numbers["validation"]["rows"] == len(PAIRS)
     with pytest.raises(InputError, match="line 3: "):
         data.main(["--sft", path, "--out", str(tmp_path / "out"), "--block_size", "64", "--strict"])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_bad_row_is_named_once_although_few_rows_are_split_several_times(tmp_path, capsys, seed):
+    path = write_rows(tmp_path / "a.jsonl", ["{", *PAIRS[:2]])
+    data.main(["--sft", path, "--out", str(tmp_path / "out"), "--block_size", "64", "--seed", str(seed)])
+    printed = capsys.readouterr()
+    assert printed.err.count("line 1: ") == 1
+    assert json.loads(printed.out.splitlines()[-1])["sft"]["bad_rows"] == 1
 
 
 def test_ten_bad_rows_are_shown_and_the_others_counted(tmp_path, capsys):

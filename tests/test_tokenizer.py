@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -6,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import InputError
-from tokenizer import SPECIAL_TOKENS, Tokenizer, encode_conversation, encode_prompt
+from tokenizer import SPECIAL_TOKENS, GrowingTokenizer, Tokenizer, encode_conversation, encode_prompt
 
 TEXT = "你好，CQ CQ de BD4SUR! <|eos|> 🙂\n"
 
@@ -65,6 +66,48 @@ def test_special_token_text_is_plain_unless_asked_for(tokenizer):
 @pytest.mark.parametrize("text", ["\ud800", "\udfff", "\ufffe", "\U0010ffff", "\0"])
 def test_an_odd_code_point_is_unknown(tokenizer, text):
     assert tokenizer.encode(text).tolist() == [tokenizer.unknown_id]
+
+
+@pytest.mark.parametrize("text", [
+    "\ud802", "\ud802<|eos|>", "C\ud803Q<|bos|>\U0001f4fb", "\U0001f4fb\udfff\ud800"])
+def test_a_lone_surrogate_is_no_special_token(tokenizer, text):
+    """Within the tokenizer surrogates stand for special tokens, so that a token is one number."""
+    special = {"<|eos|>": tokenizer.eos_id, "<|bos|>": tokenizer.bos_id}
+    pieces = re.findall(r"<\|\w+\|>|.", text)
+    expected = [special.get(piece, tokenizer.stoi.get(piece, tokenizer.unknown_id)) for piece in pieces]
+    assert tokenizer.encode(text, allow_special=True).tolist() == expected
+
+
+def test_unknown_characters_are_counted_and_special_tokens_are_none_of_them():
+    tokenizer = Tokenizer.build(["ab"])
+    text = "a中<|unknown|><|eos|>b中\U0001f4fb"
+    assert tokenizer.unknown(text, allow_special=True) == {"中": 2, "\U0001f4fb": 1}
+    assert tokenizer.unknown("<a|") == {"<": 1, "|": 1}
+    assert tokenizer.unknown("ab") == {}
+
+
+@given(st.lists(st.text(st.sampled_from("cab中\U0001f4fb\ud800<|>os"), max_size=20)))
+@settings(max_examples=100, deadline=None)
+def test_a_growing_tokenizer_ends_up_as_one_that_knew_all_before(texts):
+    growing, whole = GrowingTokenizer("<u2"), Tokenizer.build(texts)
+    encoded = [growing.encode(text) for text in texts]
+    tokenizer, new_ids = growing.in_order()
+    assert tokenizer.to_dict() == whole.to_dict()
+    for text, ids in zip(texts, encoded, strict=True):
+        assert new_ids[ids].tolist() == whole.encode(text).tolist()
+
+
+def test_a_growing_tokenizer_leaves_the_letters_of_special_tokens_out():
+    growing = GrowingTokenizer("<u2")
+    growing.encode("<|bos|>xy<|eos|>", allow_special=True)
+    assert growing.in_order()[0].itos == [*SPECIAL_TOKENS, "x", "y"]
+
+
+def test_a_growing_tokenizer_says_when_its_ids_are_too_short():
+    growing = GrowingTokenizer("<u2")
+    growing.encode("".join(map(chr, range(0x20000, 0x20000 + 65535 - len(SPECIAL_TOKENS)))))
+    with pytest.raises(OverflowError):
+        growing.encode("a")
 
 
 def test_a_lone_surrogate_does_not_enter_the_vocabulary():
@@ -132,6 +175,8 @@ def test_a_failed_save_keeps_the_old_file(tokenizer, tmp_path, monkeypatch):
     ({"vocab_size": 7, "special_tokens": SPECIAL_TOKENS[:5], "itos": [*SPECIAL_TOKENS, "a"]}, "responsemark"),
     ({"vocab_size": 2, "special_tokens": SPECIAL_TOKENS, "itos": ["a", "b"]}, "Padding"),
     ({"vocab_size": 2, "special_tokens": 3, "itos": ["a", "b"]}, "special_tokens"),
+    ({"vocab_size": 3000, "special_tokens": [f"<|{n}|>" for n in range(3000)],
+      "itos": [f"<|{n}|>" for n in range(3000)]}, "at most 2047"),
 ])
 def test_a_broken_file_is_named_with_what_is_wrong(tmp_path, content, complaint):
     path = tmp_path / "broken.json"
