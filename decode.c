@@ -147,23 +147,24 @@ static void linear(const Linear *l, const Input *in, int n, int B, int from, int
         return;
     }
     float sums[ROWS][GROUP];
-    for (int first = 0; first < B; first += GROUP)
-        for (int row = from; row < to; row += ROWS) {
-            const int rows = to - row < ROWS ? to - row : ROWS;
-            const float *w = floats + (size_t)row * n;
-            if (l->scale || rows < ROWS) {
-                for (int r = 0; r < rows; r++)
-                    for (int i = 0; i < n; i++) {
-                        const size_t at = (size_t)(row + r) * n + i;
-                        in->rows[r * n + i] = l->scale ? ints8[at] * l->scale[row + r] : floats[at];
-                    }
-                w = in->rows;
-            }
+    for (int row = from; row < to; row += ROWS) {
+        const int rows = to - row < ROWS ? to - row : ROWS;
+        const float *w = floats + (size_t)row * n;
+        if (l->scale || rows < ROWS) {
+            for (int r = 0; r < rows; r++)
+                for (int i = 0; i < n; i++) {
+                    const size_t at = (size_t)(row + r) * n + i;
+                    in->rows[r * n + i] = l->scale ? ints8[at] * l->scale[row + r] : floats[at];
+                }
+            w = in->rows;
+        }
+        for (int first = 0; first < B; first += GROUP) {
             rows_by_lanes(w, in->lanes + (size_t)first * n, n, sums);
             for (int b = first; b < B && b < first + GROUP; b++)
                 for (int r = 0; r < rows; r++)
                     put(l, sums[r][b - first], row + r, add, out + (size_t)b * width + row + r);
         }
+    }
 }
 
 /* exp of a float, after Cephes: 2^k times a polynomial. Unlike expf it can run in vector lanes. */

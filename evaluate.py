@@ -15,6 +15,7 @@ import math
 import os
 import sys
 
+import native
 from config import InputError, Parser, run
 
 
@@ -27,6 +28,7 @@ def command_line():
     cli.add_argument("--ceval", metavar="DIR",
                      help="accuracy on multiple choice, CSV files as C-Eval has them")
     cli.add_argument("--show", type=int, default=5, metavar="N", help="print N right and N wrong answers")
+    cli.add_argument("--int8", action="store_true", help="score with int8 weights, on a CPU")
     cli.add_argument("--device", default="auto")
     args = cli.parse_args()
     if not (args.text or args.data or args.qa or args.ceval):
@@ -36,6 +38,7 @@ def command_line():
 
 if __name__ == "__main__":
     command_line()  # before torch is imported, so that --help and mistakes answer at once
+    native.start("decode.c")  # is compiled while torch is imported
 
 import numpy as np
 import torch
@@ -44,7 +47,7 @@ from tqdm import tqdm
 import checkpoint as ckpt
 from dataloader import IGNORE, InstructionRows, TextBlocks, open_array
 from device import pick_device
-from generate import complete
+from generate import complete, quantize
 from tokenizer import encode_conversation, encode_prompt
 
 
@@ -189,12 +192,15 @@ def main():
     args = command_line()
     model, tokenizer = ckpt.build_model(ckpt.load(args.model), args.model)
     model.to(pick_device(args.device))
+    if args.int8:
+        quantize(model)
     scores = {"model": args.model}
     if args.text:
         scores["text"] = score_text(model, tokenizer, args.text)
     if args.data:
         scores["data"] = score_data(model, args.data)
     if args.qa:
+        native.wait("decode.c")  # so that every answer is computed in the same way
         scores["qa"] = score_pairs(model, tokenizer, read_pairs(args.qa), args.show)
     if args.ceval:
         scores["ceval"] = score_choices(model, tokenizer, args.ceval)

@@ -64,6 +64,13 @@ def test_exact_match_counts_right_answers(trained, capsys):
     assert got == {"exact_match": 6 / 7, "right": 6, "questions": 7}
 
 
+def test_int8_weights_answer_as_well_with_a_loss_that_differs_a_little(trained, capsys):
+    whole = scores(trained, capsys, "--qa", "qa.jsonl", "--data", "dataset/sft_val.npy")
+    small = scores(trained, capsys, "--qa", "qa.jsonl", "--data", "dataset/sft_val.npy", "--int8")
+    assert small["qa"] == whole["qa"]
+    assert 0 < abs(small["data"]["loss"] - whole["data"]["loss"]) < 0.1
+
+
 def test_multiple_choice_takes_the_likeliest_option(trained, capsys):
     folder = trained.path / "ceval"
     folder.mkdir()
