@@ -109,19 +109,18 @@ class DataParallel(train.SingleProcess):
 
 
 def run_rank(main):
-    """config.run, for a process among several: what all have to say is said once, and after a failure they
-    leave without Python's clean-up, in which gloo's threads abort."""
+    """config.run, for a process among several: what all have to say is said once, and they leave without
+    Python's clean-up, in which gloo's threads abort in a share of runs."""
+    status = 1
     try:
         run(lambda: told_apart(main))
-    except BaseException as end:
-        if not isinstance(end, SystemExit):
-            traceback.print_exc()
-        status = end.code if isinstance(end, SystemExit) else 1
-        if not status:
-            raise
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    except SystemExit as end:
+        status = end.code
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status or 0)
 
 
 def told_apart(main):

@@ -26,15 +26,14 @@ STAGES = {"0": {"stage": 0}, "1": {"stage": 1}, "2": {"stage": 2},
           "3": {"stage": 3, "stage3_param_persistence_threshold": 0},
           "3_offload": {"stage": 3, "stage3_param_persistence_threshold": 0, **OFFLOAD}}
 
-# Every stage in one launch, which spares the start of Python, torch and DeepSpeed: DDP first, then for each
-# stage a training with a checkpoint after step 3, and another one that continues it.
+# Every stage in one launch, which spares the start of Python, torch and DeepSpeed: for each stage a training
+# with a checkpoint after step 3, and another one that continues it; then DDP.
 MANY = """
 import glob, json, os, shutil, sys
 import train, train_ddp, train_deepspeed
 
-class DataParallel(train_ddp.DataParallel):
+class DataParallel(train_ddp.DataParallel):  # the last one: its close() leaves the process group
     init_process_group = lambda self, backend, timeout: None
-    close = lambda self: None
 
 class Zero(train_deepspeed.Zero):
     def init_process_group(self, backend, timeout):
