@@ -1,7 +1,8 @@
 """Timings of training, generation, attention kernels and data preparation on this machine.
 
     python bench.py train                    tokens/s and TFLOPS of each way to train, beside plain float32
-    python bench.py train --n_layer 2 --n_embd 512 --n_head 4 --block_size 512 --batch_size 100
+    python bench.py train --n_layer 2 --n_head 4 --n_embd 512 --block_size 512 --vocab_size 2114 \\
+        --batch_size 100
     python bench.py generate                 tokens/s with and without the KV cache, one sequence and 32; time
                                              to the first token
     python bench.py sdpa                     the attention kernels, relative time and memory
@@ -22,6 +23,7 @@ START = time.perf_counter()  # `speedrun` counts the imports too
 import argparse
 import contextlib
 import copy
+import itertools
 import json
 import os
 import platform
@@ -74,7 +76,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import checkpoint as ckpt
 import native
 from dataloader import IGNORE, DataLoader
-from device import matmul_flops, pick_device, pick_dtype
+from device import pick_device, pick_dtype
 from generate import decode_one_token, generate, prefill, quantize
 from model import GPT, KVCache
 from optimizer import build_optimizer
@@ -92,12 +94,18 @@ def rate(work, seconds, device):
 
 
 def in_turns(ways, args, device):
-    """Median rate of each of the `ways` {name: work}, warmed up, timed one after another `repeats` times."""
+    """The rate of each of the `ways` {name: work}, warmed up, one after another, `repeats` times: a list of
+    {name: rate}."""
     for work in ways.values():
         work()
-    turns = [{name: rate(work, args.seconds, device) for name, work in ways.items()}
-             for _ in range(args.repeats)]
-    return {name: statistics.median(turn[name] for turn in turns) for name in ways}
+    return [{name: rate(work, args.seconds, device) for name, work in ways.items()}
+            for _ in range(args.repeats)]
+
+
+def medians(turns, against=None):
+    """The median of each way's rate, or of its ratio to that of the way `against` in the same turn."""
+    return {name: statistics.median(turn[name] / (turn[against] if against else 1) for turn in turns)
+            for name in turns[0]}
 
 
 def tensors(batch, device):
@@ -134,21 +142,34 @@ def training_step(args, device, dtype, optimizer="adamw", compile=False, next_ba
     return step, model
 
 
+def matrix_product(device, dtype, size=1024):
+    """A function that multiplies two `size`² matrices and returns the floating-point operations that took."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+
+    def product():
+        torch.mm(a, b)
+        return 2 * size**3
+    return product
+
+
 def bench_train(args, device):
     best = pick_dtype("bfloat16", device)
-    ways = {}
-    for name, dtype in {"float32": torch.float32, str(best).removeprefix("torch."): best}.items():
+    types = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, best)}
+    ways, products = {}, {}
+    for name, dtype in types.items():
+        products[name] = f"{name}, 1024² matrix product"
+        ways[products[name]] = matrix_product(device, dtype)
         ways[f"{name}, AdamW"] = training_step(args, device, dtype)[0]
         ways[f"{name}, Muon"] = training_step(args, device, dtype, "muon")[0]
         ways[f"{name}, AdamW, compiled"] = training_step(args, device, dtype, compile=True)[0]
-    rates = in_turns(ways, args, device)
-    flops = GPT(args.model).flops_per_token()
-    peak = {dtype: matmul_flops(device, dtype) for dtype in {torch.float32, best}}
-    base = rates["float32, AdamW"]
-    rows = [(name, f"{r:,.0f}", f"{r * flops / 1e12:.3f}", f"{r / base:.2f}",
-             f"{r * flops / peak[torch.float32 if 'float32' in name else best]:.0%}")
-            for name, r in rates.items()]
-    table(rows, ("way to train", "tokens/s", "TFLOPS", "against first", "of matmul rate"))
+    turns, flops = in_turns(ways, args, device), GPT(args.model).flops_per_token()
+    rates, ratios = medians(turns), medians(turns, "float32, AdamW")
+    peak = {name: rates.pop(product) for name, product in products.items()}
+    shares = {name: flops * medians(turns, products[name.split(",")[0]])[name] for name in rates}
+    table([(name, f"{r:,.0f}", f"{r * flops / 1e12:.3f}", f"{ratios[name]:.2f}", f"{shares[name]:.0%}")
+           for name, r in rates.items()],
+          ("way to train", "tokens/s", "TFLOPS", "against first", "of matmul rate"))
+    print(", ".join(f"a 1024² matrix product in {name}: {p / 1e12:.3f} TFLOPS" for name, p in peak.items()))
     with tempfile.TemporaryDirectory() as folder:
         np.save(f"{folder}/x.npy", np.zeros(4_000_000, np.uint16))
         loader = DataLoader([f"{folder}/x.npy"], "pretrain", args.model.block_size, args.batch_size)
@@ -156,8 +177,8 @@ def bench_train(args, device):
     waiting = loading * max(rates.values()) / (args.batch_size * args.model.block_size)
     print(f"a batch is read in {1e3 * loading:.2f} ms: {waiting:.2%} of the fastest way's step spent waiting")
     return {"parameters": GPT(args.model).n_params(), "tokens_per_second": rates, "waiting_share": waiting,
-            "tflops": {name: r * flops / 1e12 for name, r in rates.items()},
-            "matmul_tflops": {str(dtype): p / 1e12 for dtype, p in peak.items()}}
+            "tflops": {name: r * flops / 1e12 for name, r in rates.items()}, "against_first": ratios,
+            "share_of_matmul_rate": shares, "matmul_tflops": {name: p / 1e12 for name, p in peak.items()}}
 
 
 def bench_generate(args, device):
@@ -198,13 +219,14 @@ def bench_generate(args, device):
         if compiled:
             ways[f"KV cache, decode.c, {sequences}"] = lambda rows=rows: cached(rows)
             ways[f"KV cache, decode.c, int8, {sequences}"] = lambda rows=rows: cached(rows, small)
-    rates = in_turns(ways, args, device)
-    base = rates["no cache, 1 sequence"]
-    table([(name, f"{r:,.0f}", f"{r / base:.1f}") for name, r in rates.items()],
+    turns = in_turns(ways, args, device)
+    rates, ratios = medians(turns), medians(turns, "no cache, 1 sequence")
+    table([(name, f"{r:,.0f}", f"{ratios[name]:.1f}") for name, r in rates.items()],
           ("way to generate", "tokens/s", "against first"))
     start = start_seconds(model, args)
     table([(name, f"{seconds:.2f}") for name, seconds in start.items()], ("from the command on", "seconds"))
-    return {"parameters": model.n_params(), "tokens_per_second": rates, "start_seconds": start}
+    return {"parameters": model.n_params(), "tokens_per_second": rates, "against_first": ratios,
+            "start_seconds": start}
 
 
 def start_seconds(model, args):
@@ -233,6 +255,22 @@ def start_seconds(model, args):
     return {"first token": first, "slowest --help": max(seconds(script, "--help") for script in scripts)}
 
 
+def allocated(work, device):
+    """The most bytes that tensors made by `work()` take at a time (0 where torch does not count them)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it announces its start on standard error
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        work()
+    # The public tables give what an operation leaves behind, not what it takes meanwhile.
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = (e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    return max(itertools.accumulate(changes, initial=0))
+
+
 def bench_sdpa(args, device):
     """Forward and backward of scaled_dot_product_attention alone, in the type that training would take."""
     c, dtype = args.model, pick_dtype("bfloat16", device)
@@ -255,20 +293,17 @@ def bench_sdpa(args, device):
         except RuntimeError:  # "No available kernel"
             continue
         ways[name] = attention(backend)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            ways[name]()
-            memory[name] = torch.cuda.max_memory_allocated()
-    rates = in_turns(ways, args, device)
-    rows = []
+        memory[name] = allocated(ways[name], device)
+    turns, rows = in_turns(ways, args, device), []
+    rates, ratios = medians(turns), medians(turns, "math")
     for name in backends:
         if name not in rates:
             rows.append((name, "not here", "", ""))
             continue
-        share = f"{memory[name] / memory['math']:.2f}" if memory else "–"
-        rows.append((name, f"{1e3 / rates[name]:.1f}", f"{rates['math'] / rates[name]:.2f}", share))
+        share = f"{memory[name] / memory['math']:.2f}" if memory["math"] else "–"
+        rows.append((name, f"{1e3 / rates[name]:.1f}", f"{1 / ratios[name]:.2f}", share))
     table(rows, ("kernel", "ms", "relative time", "relative memory"))
-    return {"milliseconds": {name: 1e3 / r for name, r in rates.items()}, "memory": memory}
+    return {"milliseconds": {name: 1e3 / r for name, r in rates.items()}, "memory_bytes": memory}
 
 
 def resident_megabytes(pid):
@@ -293,7 +328,7 @@ def bench_data(args, device):
     ways = {"encode": lambda: len(tokenizer.encode(text)) and size,
             "decode": lambda: tokenizer.decode(ids) and size}
     torch.set_num_threads(1)
-    rates = in_turns(ways, args, device)
+    rates = medians(in_turns(ways, args, device))
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "text.txt")
         with open(path, "w", encoding="utf-8") as f:
@@ -346,13 +381,13 @@ def bench_sft(args, device):
             for way, some in zip(losses, (batch, pad(batch)), strict=True):
                 losses[way].append(float(model(*tensors(some, device))[1]))
     model.train()
-    rates = in_turns({way: lambda step=step: step() and args.batch_size for way, (step, _) in steps.items()},
+    turns = in_turns({way: lambda step=step: step() and args.batch_size for way, (step, _) in steps.items()},
                      args, device)
-    base = rates["padded"]
-    table([(way, f"{r:,.1f}", f"{r / base:.2f}", f"{statistics.mean(losses[way]):.6f}")
+    rates, ratios = medians(turns), medians(turns, "padded")
+    table([(way, f"{r:,.1f}", f"{ratios[way]:.2f}", f"{statistics.mean(losses[way]):.6f}")
            for way, r in rates.items()], ("batches", "pairs/s", "against padded", "loss at first"))
     print(f"{statistics.mean(widths):.0f} tokens to a trimmed row, {block_size} to a padded one")
-    return {"pairs_per_second": rates, "ratio": rates["trimmed"] / base, "losses": losses,
+    return {"pairs_per_second": rates, "ratio": ratios["trimmed"], "losses": losses,
             "mean_width": statistics.mean(widths)}
 
 
@@ -455,7 +490,7 @@ def bench_growth(args, device):
 
     def gigaflops(batch_size, **shape):
         work, model = step(batch_size, **shape)
-        return in_turns({0: work}, args, device)[0] * model.flops_per_token() / 1e9
+        return medians(in_turns({0: work}, args, device))[0] * model.flops_per_token() / 1e9
 
     def decoding(length):
         """Tokens a second with `length` - 1 tokens before them: with the cache, and reading all again."""
@@ -468,8 +503,8 @@ def bench_growth(args, device):
             return len(decode_one_token(model, idx[:, -1], cache))
 
         with torch.inference_mode():
-            return in_turns({"cached": cached, "uncached": lambda: len(model(idx, last_only=True)[0])},
-                            args, device)
+            return medians(in_turns({"cached": cached,
+                                     "uncached": lambda: len(model(idx, last_only=True)[0])}, args, device))
 
     result = {
         # First, and from small to large: what a process on a CPU has freed it may keep.
