@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import fused
 from config import InputError, ModelConfig
 from dataloader import IGNORE
 from device import has_flex_attention
@@ -54,14 +55,9 @@ def rope_table(length, head_size, theta):
 
 
 def apply_rope(x, cos, sin):
-    """Rotate the adjacent pairs (2i, 2i + 1) of x (B, nh, T, hs); cos, sin: (T, hs/2) or (B, 1, T, hs/2)."""
-    pairs = x.float().unflatten(-1, (-1, 2))  # (B, nh, T, hs/2, 2)
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        # As complex numbers, in one pass over memory: the same result, several times faster.
-        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
-    else:  # the compiler fuses these, and knows no complex numbers
-        even, odd = pairs.unbind(-1)
-        rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    """Rotate the adjacent pairs (2i, 2i + 1) of x (B, T, nh, hs); cos, sin: ([B,] T, 1, hs/2)."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
     return rotated.flatten(-2).type_as(x)
 
 
@@ -96,6 +92,13 @@ def flex_attention(device_type):
     return torch.compile(flex_attention) if device_type == "cuda" else flex_attention
 
 
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x):
+        if fused.fits(x, self.weight):
+            return fused.RMSNorm.apply(x, self.weight, self.eps)
+        return super().forward(x)
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer):
         super().__init__()
@@ -108,15 +111,22 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rope, mask, cache):
-        B, T, C = x.shape
-        heads = self.c_attn(x).view(B, T, -1, self.head_size).transpose(1, 2)  # (B, nh + 2 nkv, T, hs)
-        qk, v = heads.split([self.n_head + self.n_kv_head, self.n_kv_head], dim=1)
+    def heads(self, qkv, rope):
+        """qkv (B, T, nh + 2 nkv, hs) → queries (B, nh, T, hs), keys and values (B, nkv, T, hs)."""
+        if fused.fits(qkv):
+            return fused.Heads.apply(qkv, rope and torch.complex(*rope), self.n_head, self.n_kv_head,
+                                     self.norm_eps if self.qk_norm else None)
+        qk, v = qkv.split([self.n_head + self.n_kv_head, self.n_kv_head], dim=2)
         if rope is not None:
             qk = apply_rope(qk, *rope)
         if self.qk_norm:
             qk = F.rms_norm(qk, (self.head_size,), eps=self.norm_eps)
-        q, k = qk.split([self.n_head, self.n_kv_head], dim=1)
+        q, k = qk.split([self.n_head, self.n_kv_head], dim=2)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def forward(self, x, rope, mask, cache):
+        B, T, C = x.shape
+        q, k, v = self.heads(self.c_attn(x).view(B, T, -1, self.head_size), rope)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, nkv, S, hs)
         is_gqa = self.n_kv_head != self.n_head
@@ -156,9 +166,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer):
         super().__init__()
-        self.ln_1 = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.ln_1 = RMSNorm(config.n_embd, eps=config.norm_eps)
         self.attn = Attention(config, layer)
-        self.ln_2 = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.ln_2 = RMSNorm(config.n_embd, eps=config.norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x, rope, mask, cache):
@@ -174,7 +184,7 @@ class GPT(nn.Module):
             "wte": nn.Embedding(config.vocab_size, config.n_embd),
             "drop": nn.Dropout(config.dropout),
             "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
-            "ln_f": nn.RMSNorm(config.n_embd, eps=config.norm_eps) if config.final_norm == "rmsnorm"
+            "ln_f": RMSNorm(config.n_embd, eps=config.norm_eps) if config.final_norm == "rmsnorm"
             else nn.LayerNorm(config.n_embd, eps=1e-5, bias=False),
         })
         if config.use_rope:
@@ -235,9 +245,7 @@ class GPT(nn.Module):
             x = x + self._preceding(idx, documents, cache)
         rope = None
         if self.config.use_rope:
-            rope = self.rope_cos[positions], self.rope_sin[positions]
-            if documents is not None:
-                rope = rope[0].unsqueeze(1), rope[1].unsqueeze(1)  # (B, 1, T, hs/2)
+            rope = [t[positions].unsqueeze(-2) for t in (self.rope_cos, self.rope_sin)]  # ([B,] T, 1, hs/2)
         else:
             x = x + self.transformer["wpe"](positions)
         x = self.transformer["drop"](x)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY
 
+import fused
 from config import InputError, ModelConfig
 from dataloader import IGNORE
 from device import set_sdp_kernel
@@ -151,10 +152,7 @@ def test_rope_depends_on_relative_positions_only():
     assert score(7, 3) != pytest.approx(score(7, 4), abs=1e-3)
 
 
-@pytest.mark.parametrize("compiling", [False, True])
-def test_rope_rotates_adjacent_pairs_by_the_papers_angles(monkeypatch, compiling):
-    """As complex numbers, and written out for the compiler."""
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+def test_rope_rotates_adjacent_pairs_by_the_papers_angles():
     x = torch.randn(1, 1, 5, 8, generator=torch.Generator().manual_seed(0))
     angle = torch.arange(5)[:, None] * 10000.0 ** (-torch.arange(0, 8, 2) / 8)
     even, odd = x[..., 0::2], x[..., 1::2]
@@ -162,6 +160,24 @@ def test_rope_rotates_adjacent_pairs_by_the_papers_angles(monkeypatch, compiling
     expected[..., 0::2] = even * angle.cos() - odd * angle.sin()
     expected[..., 1::2] = even * angle.sin() + odd * angle.cos()
     torch.testing.assert_close(apply_rope(x, *rope_table(5, 8, 10000.0)), expected)
+
+
+@every_variant
+@pytest.mark.parametrize("way", ["plain", "documents", "dropout"])
+def test_what_is_fused_on_a_cpu_gives_the_logits_and_gradients_of_the_papers_formulas(
+        tiny_model, values, way, monkeypatch):
+    model, idx, targets = tiny_model(**values, dropout=0.2), some_ids(), some_ids(seed=2)
+    model.train(way == "dropout")  # attention then takes another kernel, with other strides
+    documents = documents_of(idx, bos_id=int(idx[0, 5]), eos_id=-1) if way == "documents" else None
+    results = []
+    for fits in (fused.fits, lambda *tensors: False):
+        monkeypatch.setattr(fused, "fits", fits)
+        torch.manual_seed(0)
+        model.zero_grad()
+        logits, loss = model(idx, targets, documents=documents)
+        loss.backward()
+        results.append([logits.detach(), *(p.grad for p in model.parameters())])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
 
 
 def test_grouped_heads_equal_repeated_heads(tiny_model):

@@ -4,6 +4,8 @@ import itertools
 import json
 import math
 import os
+import platform
+import resource
 import signal
 import subprocess
 import sys
@@ -109,6 +111,20 @@ def test_the_same_settings_give_the_same_weights(shared, baseline):
     ids=lambda words: words[0])
 def test_what_only_watches_training_does_not_change_it(shared, baseline, words):
     assert torch.equal(weights(shared, *words), baseline)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps it or not, as it does")
+def test_memory_that_tensors_free_serves_the_next_ones():
+    """200 MB are 50,000 pages, each of which costs a fault and is cleared where the system had it back."""
+    device.pick_device("cpu")
+
+    def faults():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(50_000_000)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    faults()
+    assert faults() < 5_000
 
 
 def test_the_log_shows_the_schedule_and_the_first_rate_is_above_zero(shared):
