@@ -397,8 +397,8 @@ RECIPES = {
                 dict(optimizer="adamw", learning_rate=1e-3, min_lr=1e-4, warmup_iters=100,
                      lr_schedule="cosine", batch_size=12, max_steps=2000)),
     "ours": (dict(n_layer=1, n_head=2, n_embd=128, block_size=64, activation="relu2", qk_norm=True, n_prev=3),
-             dict(optimizer="muon", learning_rate=8e-3, min_lr=0.0, warmup_iters=8, lr_schedule="linear",
-                  beta2=0.95, weight_decay=0.0, batch_size=12, max_steps=280)),
+             dict(optimizer="muon", learning_rate=1.2e-2, min_lr=0.0, warmup_iters=8, lr_schedule="linear",
+                  beta1=0.7, beta2=0.95, weight_decay=0.0, batch_size=24, max_steps=140)),
 }
 GOAL = 1.886  # the validation loss that nanoGPT's documentation gives for its run
 
@@ -454,7 +454,7 @@ def run_recipe(args, model_settings, train_settings):
         for name, part in (("train", ids[: int(0.9 * len(ids))]), ("val", ids[int(0.9 * len(ids)) :])):
             np.save(f"{folder}/{name}.npy", part)
             loaders.append(DataLoader([f"{folder}/{name}.npy"], "pretrain", model.config.block_size,
-                                      config.batch_size, config.random_seed))
+                                      config.batch_size if name == "train" else 128, config.random_seed))
         train.CHECKPOINTS = os.path.join(folder, "checkpoint")
         result = train.fit(model.to(strategy.device), tokenizer, *loaders, config, strategy, "pretrain")
     return {"steps": result["step"], "tokens": result["tokens"], "val_loss": result["val_loss"],
