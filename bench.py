@@ -165,6 +165,7 @@ def bench_train(args, device):
     turns, flops = in_turns(ways, args, device), GPT(args.model).flops_per_token()
     rates, ratios = medians(turns), medians(turns, "float32, AdamW")
     peak = {name: rates.pop(product) for name, product in products.items()}
+    ratios = {name: ratios[name] for name in rates}
     shares = {name: flops * medians(turns, products[name.split(",")[0]])[name] for name in rates}
     table([(name, f"{r:,.0f}", f"{r * flops / 1e12:.3f}", f"{ratios[name]:.2f}", f"{shares[name]:.0%}")
            for name, r in rates.items()],
@@ -444,7 +445,7 @@ def run_recipe(args, model_settings, train_settings):
     config = TrainConfig(**{"device": args.device, "gradient_accumulation_steps": 1, "weight_decay": 0.1,
                             "random_seed": args.random_seed, "save_interval": 10**9, "lr_decay_iters": 0,
                             **train_settings})
-    config = replace(config, eval_interval=config.max_steps, eval_iters=10**9).validate()
+    config = replace(config, eval_interval=config.max_steps).validate()
     torch.manual_seed(config.random_seed)
     model = GPT(ModelConfig(vocab_size=tokenizer.vocab_size, **model_settings))
     strategy = train.SingleProcess()
@@ -457,7 +458,9 @@ def run_recipe(args, model_settings, train_settings):
                                       config.batch_size if name == "train" else 128, config.random_seed))
         train.CHECKPOINTS = os.path.join(folder, "checkpoint")
         result = train.fit(model.to(strategy.device), tokenizer, *loaders, config, strategy, "pretrain")
-    return {"steps": result["step"], "tokens": result["tokens"], "val_loss": result["val_loss"],
+        everything = replace(config, eval_iters=10**9)  # what fit validates, at the start too, is a sample
+        val_loss = train.validation_loss(model, loaders[1], strategy, everything, tokenizer)
+    return {"steps": result["step"], "tokens": result["tokens"], "val_loss": val_loss,
             "parameters": model.n_params(), "seconds": round(time.perf_counter() - START, 2)}
 
 

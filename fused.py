@@ -1,4 +1,4 @@
-"""RMSNorm and the making of queries, keys and values, in float32 on a CPU: few passes over memory.
+"""RMSNorm and the making of queries, keys and values on a CPU, in few passes over memory.
 
 In PyTorch each operation writes its result to memory for the next one to read, and backward reads it again.
 Beside matrix products, a model on a CPU spends most of its time on that. model.py has both as their papers
@@ -10,10 +10,9 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 
-def fits(*tensors):
-    """Are these tensors that the functions below are made for?"""
-    return not torch.compiler.is_compiling() and all(
-        t.device.type == "cpu" and t.dtype is torch.float32 for t in tensors)
+def fits(x, *types):
+    """Is x on a CPU, of one of these types, and nothing being compiled?"""
+    return x.device.type == "cpu" and x.dtype in types and not torch.compiler.is_compiling()
 
 
 def inverse_rms(x, eps):
@@ -29,7 +28,7 @@ def as_complex(x):
 
 
 class RMSNorm(Function):
-    """x (…, C) over its root mean square, times weight (C,) (Zhang & Sennrich 2019)."""
+    """x (…, C) over its root mean square, times weight (C,) (Zhang & Sennrich 2019); float32."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
@@ -53,17 +52,18 @@ class Heads(Function):
     """qkv (B, T, nh + 2 nkv, hs) → queries (B, nh, T, hs), keys and values (B, nkv, T, hs).
 
     Queries and keys are rotated by `angles`, complex numbers ([B,] T, 1, hs/2) (None: they are not), and then
-    divided by their root mean square (eps None: they are not). Backward writes the gradient of qkv in one go,
-    instead of three that are joined afterwards."""
+    divided by their root mean square (eps None: they are not), in float32 whatever the type of qkv. Backward
+    writes the gradient of qkv in one go, instead of three that are joined afterwards."""
 
     @staticmethod
     def forward(ctx, qkv, angles, n_head, n_kv_head, eps):
-        qk, factor = qkv[:, :, : n_head + n_kv_head], None
+        qk, factor = qkv[:, :, : n_head + n_kv_head].float(), None
         if angles is not None:
             qk = torch.view_as_real(as_complex(qk) * angles).flatten(-2)
         if eps is not None:
             factor = inverse_rms(qk, eps)
             qk = qk * factor
+        qk = qk.type_as(qkv)
         ctx.save_for_backward(angles, factor, None if factor is None else qk)
         parts = qk[:, :, :n_head], qk[:, :, n_head:], qkv[:, :, n_head + n_kv_head :]
         return tuple(part.transpose(1, 2) for part in parts)
@@ -79,13 +79,16 @@ class Heads(Function):
         v_part.copy_(grads[2])
         first = 0
         for part, grad in zip(qk_parts, grads[:2], strict=True):
+            grad = grad.float()
             if factor is not None:
-                y, r = (t[:, :, first : first + grad.size(2)] for t in (normed, factor))
+                y, r = (t[:, :, first : first + grad.size(2)].float() for t in (normed, factor))
                 along = torch.linalg.vecdot(grad, y).unsqueeze(-1).div_(grad.size(3))
                 grad = torch.addcmul(grad, y, along, value=-1).mul_(r)
             if angles is None:
                 part.copy_(grad)
-            else:
+            elif part.dtype is torch.float32:  # straight to its place
                 torch.mul(as_complex(grad), angles.conj(), out=as_complex(part))
+            else:
+                part.copy_(torch.view_as_real(as_complex(grad) * angles.conj()).flatten(-2))
             first += grad.size(2)
         return qkv_grad, None, None, None, None

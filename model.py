@@ -94,7 +94,7 @@ def flex_attention(device_type):
 
 class RMSNorm(nn.RMSNorm):
     def forward(self, x):
-        if fused.fits(x, self.weight):
+        if fused.fits(x, torch.float32):
             return fused.RMSNorm.apply(x, self.weight, self.eps)
         return super().forward(x)
 
@@ -113,7 +113,7 @@ class Attention(nn.Module):
 
     def heads(self, qkv, rope):
         """qkv (B, T, nh + 2 nkv, hs) → queries (B, nh, T, hs), keys and values (B, nkv, T, hs)."""
-        if fused.fits(qkv):
+        if fused.fits(qkv, torch.float32, torch.bfloat16):
             return fused.Heads.apply(qkv, rope and torch.complex(*rope), self.n_head, self.n_kv_head,
                                      self.norm_eps if self.qk_norm else None)
         qk, v = qkv.split([self.n_head + self.n_kv_head, self.n_kv_head], dim=2)

@@ -41,7 +41,21 @@ def orthogonalize(matrix, coefficients, steps, eps):
     return x.T if matrix.size(0) > matrix.size(1) else x
 
 
-class Float32Muon(torch.optim.Muon):
+class NotCompiled:
+    """An optimizer's methods without what hides them from torch.compile: its first call imports the compiler,
+    two seconds at the start of every training. No optimizer is compiled here."""
+
+    add_param_group, zero_grad, state_dict, load_state_dict = (
+        getattr(method, "__wrapped__", method) for method in (
+            torch.optim.Optimizer.add_param_group, torch.optim.Optimizer.zero_grad,
+            torch.optim.Optimizer.state_dict, torch.optim.Optimizer.load_state_dict))
+
+
+class AdamW(NotCompiled, torch.optim.AdamW):
+    step = torch.no_grad()(getattr(torch.optim.AdamW.step, "__wrapped__", torch.optim.AdamW.step))
+
+
+class Float32Muon(NotCompiled, torch.optim.Muon):
     """torch.optim.Muon, same state and same update rule, with a float32 iteration (see `orthogonalize`)."""
 
     @torch.no_grad()
@@ -116,8 +130,8 @@ def build_optimizer(model, config: TrainConfig):
     groups += [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
                {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
     fused = model.lm_head.weight.device.type in ("cuda", "cpu")
-    optimizers = [torch.optim.AdamW([group for group in groups if group["params"]], lr=config.learning_rate,
-                                    betas=(config.beta1, config.beta2), fused=fused)]
+    optimizers = [AdamW([group for group in groups if group["params"]], lr=config.learning_rate,
+                        betas=(config.beta1, config.beta2), fused=fused)]
     if muon:
         kind = torch.optim.Muon if has_fast_bfloat16(muon[0].device.type) else Float32Muon
         optimizers.append(kind(muon, lr=config.learning_rate, weight_decay=config.weight_decay,

@@ -126,6 +126,15 @@ def test_memory_that_tensors_free_serves_the_next_ones():
     assert min(faults() for _ in range(20)) < 1_000  # the first ones find no freed block that fits
 
 
+def test_training_starts_without_importing_the_compiler(shared):
+    """It takes two seconds."""
+    program = "import runpy, sys; sys.argv[0] = 'train.py'\n" \
+              "try: runpy.run_path('train.py', run_name='__main__')\n" \
+              "except SystemExit as end: print('status', end.code, 'torch._dynamo' in sys.modules)"
+    assert "status 0 False" in shared.run("-c", program).stdout
+    assert "status 0 True" in shared.run("-c", program, "--compile", "--max_steps", "3").stdout
+
+
 def test_the_log_shows_the_schedule_and_the_first_rate_is_above_zero(shared):
     result = shared.train("--learning_rate", 1e-2, "--min_lr", 1e-3, "--warmup_iters", 2, "--max_steps", 8,
                           "--lr_decay_iters", 6, "--lr_schedule", "linear")
