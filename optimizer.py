@@ -55,7 +55,11 @@ class AdamW(NotCompiled, torch.optim.AdamW):
     step = torch.no_grad()(getattr(torch.optim.AdamW.step, "__wrapped__", torch.optim.AdamW.step))
 
 
-class Float32Muon(NotCompiled, torch.optim.Muon):
+class Muon(NotCompiled, torch.optim.Muon):
+    """torch.optim.Muon; its iteration is in bfloat16."""
+
+
+class Float32Muon(Muon):
     """torch.optim.Muon, same state and same update rule, with a float32 iteration (see `orthogonalize`)."""
 
     @torch.no_grad()
@@ -133,7 +137,7 @@ def build_optimizer(model, config: TrainConfig):
     optimizers = [AdamW([group for group in groups if group["params"]], lr=config.learning_rate,
                         betas=(config.beta1, config.beta2), fused=fused)]
     if muon:
-        kind = torch.optim.Muon if has_fast_bfloat16(muon[0].device.type) else Float32Muon
+        kind = Muon if has_fast_bfloat16(muon[0].device.type) else Float32Muon
         optimizers.append(kind(muon, lr=config.learning_rate, weight_decay=config.weight_decay,
                                adjust_lr_fn="match_rms_adamw"))
     return Optimizers(optimizers)
