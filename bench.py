@@ -21,7 +21,6 @@ import time
 START = time.perf_counter()  # `speedrun` counts the imports too
 
 import argparse
-import contextlib
 import copy
 import itertools
 import json
@@ -34,7 +33,7 @@ import sys
 import tempfile
 from dataclasses import asdict, replace
 
-from config import ROOT, InputError, ModelConfig, Parser, TrainConfig, run
+from config import ROOT, InputError, ModelConfig, Parser, TrainConfig, before_imports, run
 
 SMALL = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 65}
 
@@ -65,8 +64,7 @@ def command_line(words=None):
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(InputError):  # main() meets it again and prints it
-        command_line()  # before torch is imported, so that --help and mistakes answer at once
+    before_imports(command_line)
 
 import numpy as np
 import torch

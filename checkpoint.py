@@ -17,14 +17,19 @@ import tempfile
 import time
 import zipfile
 
-from config import ROOT, InputError, ModelConfig, Parser, from_dict, run
+from config import ROOT, InputError, ModelConfig, Parser, before_imports, from_dict, run
 
-if __name__ == "__main__":
+
+def command_line():
     cli = Parser(__doc__)
     cli.add_argument("checkpoint", help="a .pt file, or the folder of a DeepSpeed checkpoint")
     cli.add_argument("output", nargs="?", metavar="OUTPUT",
                      help="write it as a .pt, or its tokenizer as a .json")
-    ARGS = cli.parse_args()  # before torch is imported, so that --help and mistakes answer at once
+    return cli.parse_args()
+
+
+if __name__ == "__main__":
+    before_imports(command_line)
 
 import torch
 
@@ -301,12 +306,13 @@ def build_model(checkpoint, path="checkpoint", dropout=None):
 
 
 def main():
-    checkpoint = load(ARGS.checkpoint)
-    if ARGS.output and ARGS.output.endswith(".json"):
-        Tokenizer.from_dict(checkpoint["tokenizer_config"]).save(ARGS.output)
-    elif ARGS.output:
-        save(ARGS.output, checkpoint)
-    print(f"{ARGS.checkpoint}: {checkpoint['task']}, step {checkpoint['step']}, "
+    args = command_line()
+    checkpoint = load(args.checkpoint)
+    if args.output and args.output.endswith(".json"):
+        Tokenizer.from_dict(checkpoint["tokenizer_config"]).save(args.output)
+    elif args.output:
+        save(args.output, checkpoint)
+    print(f"{args.checkpoint}: {checkpoint['task']}, step {checkpoint['step']}, "
           f"best validation loss {checkpoint['best_val_loss']:.4f}")
     for section in ("model_config", "train_config"):
         print(f"{section}: " + ", ".join(f"{key} {value}" for key, value in checkpoint[section].items()))

@@ -16,7 +16,7 @@ import os
 import sys
 
 import native
-from config import InputError, Parser, run
+from config import InputError, Parser, before_imports, run
 
 
 def command_line():
@@ -37,7 +37,7 @@ def command_line():
 
 
 if __name__ == "__main__":
-    command_line()  # before torch is imported, so that --help and mistakes answer at once
+    before_imports(command_line)
     native.start("decode.c")  # is compiled while torch is imported
 
 import numpy as np

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 
-from config import ROOT, InputError, Parser, run
+from config import ROOT, InputError, Parser, before_imports, run
 
 REFRESH_SECONDS = 2
 
@@ -27,7 +27,7 @@ def command_line():
 
 
 if __name__ == "__main__":
-    command_line()  # before matplotlib is imported, so that --help and mistakes answer at once
+    before_imports(command_line)
 
 import matplotlib
 

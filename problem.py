@@ -16,7 +16,6 @@ import time
 
 START = time.perf_counter()
 
-import contextlib
 import hashlib
 import itertools
 import json
@@ -29,7 +28,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from config import InputError, ModelConfig, Parser, TrainConfig, load_config, parse_value, run
+from config import InputError, ModelConfig, Parser, TrainConfig, before_imports, load_config, parse_value, run
 
 
 @dataclass
@@ -224,8 +223,7 @@ def command_line():
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(InputError):  # main() meets it again and prints it
-        command_line()  # before torch is imported, so that --help and mistakes answer at once
+    before_imports(command_line)
 
 import torch
 from tqdm import tqdm

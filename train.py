@@ -21,7 +21,7 @@ import tempfile
 import time
 from dataclasses import asdict, replace
 
-from config import ROOT, InputError, TrainConfig, command_line, run
+from config import ROOT, InputError, TrainConfig, before_imports, command_line, run
 
 
 def add_flags(cli):
@@ -30,8 +30,7 @@ def add_flags(cli):
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(InputError):  # main() meets it again and prints it
-        command_line(__doc__, add_flags)
+    before_imports(lambda: command_line(__doc__, add_flags))
 
 import numpy as np
 import torch

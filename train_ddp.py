@@ -20,11 +20,10 @@ import traceback
 import warnings
 from datetime import timedelta
 
-from config import InputError, command_line, run
+from config import InputError, before_imports, command_line, run
 
 if __name__ == "__main__":
-    with contextlib.suppress(InputError):  # main() meets it again and prints it
-        command_line(__doc__)  # before torch is imported, so that --help and mistakes answer at once
+    before_imports(lambda: command_line(__doc__))
 
 import torch
 import torch.distributed as dist

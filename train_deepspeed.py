@@ -22,7 +22,7 @@ import warnings
 from dataclasses import replace
 
 import config
-from config import ROOT, InputError, read_json
+from config import ROOT, InputError, before_imports, read_json
 
 LAUNCH = "deepspeed {}train_deepspeed.py --deepspeed --deepspeed_config deepspeed_config.json"
 
@@ -62,8 +62,7 @@ def count_slots(path):
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(InputError):  # main() meets it again and prints it
-        command_line()
+    before_imports(command_line)
 
 import psutil  # comes with DeepSpeed
 import torch

@@ -1,5 +1,6 @@
 """Settings: where a value comes from, and what is refused with which words."""
 
+import gc
 import json
 from dataclasses import asdict
 
@@ -14,10 +15,12 @@ from config import (
     ModelConfig,
     Parser,
     TrainConfig,
+    before_imports,
     from_dict,
     load_config,
     nearest,
     read_json,
+    run,
 )
 
 
@@ -230,3 +233,18 @@ def test_any_text_is_a_json_object_or_one_line(tmp_path_factory, text):
         assert isinstance(read_json(str(path)), dict)
     except InputError as error:
         assert str(error).startswith(str(path)) and "\n" not in str(error)
+
+
+def test_the_garbage_collector_rests_while_a_script_imports_and_no_longer(capsys):
+    def mistaken():
+        raise InputError("said twice?")
+
+    try:
+        before_imports(mistaken)  # main() will meet the mistake again
+        assert not gc.isenabled() and capsys.readouterr().err == ""
+        with pytest.raises(SystemExit):
+            run(lambda: print(gc.isenabled()))
+        assert capsys.readouterr().out == "True\n" and gc.isenabled()
+    finally:
+        gc.unfreeze()
+        gc.enable()
