@@ -250,7 +250,7 @@ def start_seconds(model, args):
         ckpt.save(path, content)
         first = seconds("inference.py", "-m", path, "-p", "一", "-l", "2")
     scripts = ("data.py", "train.py", "train_ddp.py", "train_deepspeed.py", "inference.py", "inference_ds.py",
-               "evaluate.py", "problem.py", "plot_loss.py", "checkpoint.py", "bench.py")
+               "evaluate.py", "problem.py", "plot_loss.py", "checkpoint.py", "bench.py", "scaling.py")
     return {"first token": first, "slowest --help": max(seconds(script, "--help") for script in scripts)}
 
 
@@ -454,11 +454,8 @@ def run_recipe(args, model_settings, train_settings):
             np.save(f"{folder}/{name}.npy", part)
             loaders.append(DataLoader([f"{folder}/{name}.npy"], "pretrain", model.config.block_size,
                                       config.batch_size if name == "train" else 128, config.random_seed))
-        train.CHECKPOINTS = os.path.join(folder, "checkpoint")
-        result = train.fit(model.to(strategy.device), tokenizer, *loaders, config, strategy, "pretrain")
-        everything = replace(config, eval_iters=10**9)  # what fit validates, at the start too, is a sample
-        val_loss = train.validation_loss(model, loaders[1], strategy, everything, tokenizer)
-    return {"steps": result["step"], "tokens": result["tokens"], "val_loss": val_loss,
+        result = train.trial(model.to(strategy.device), tokenizer, *loaders, config, strategy)
+    return {"steps": result["step"], "tokens": result["tokens"], "val_loss": result["val_loss"],
             "parameters": model.n_params(), "seconds": round(time.perf_counter() - START, 2)}
 
 

@@ -218,12 +218,15 @@ class GPT(nn.Module):
         """Number of parameters; the tied embedding counts once."""
         return sum(p.numel() for p in self.parameters())
 
+    def n_multiplied(self):
+        """Number of parameters without the tables of which each token reads only a row."""
+        c = self.config
+        return self.n_params() - c.n_embd * (c.n_prev * c.vocab_size + (0 if c.use_rope else c.block_size))
+
     def flops_per_token(self, length=None):
         """Floating-point operations of training on one token: 6 N + 12 n_layer C length (PaLM, app. B)."""
         c = self.config
-        looked_up = c.n_embd * (c.n_prev * c.vocab_size + (0 if c.use_rope else c.block_size))
-        n = self.n_params() - looked_up  # without the tables of which each token reads a row
-        return 6 * n + 12 * c.n_layer * c.n_embd * (length or c.block_size)
+        return 6 * self.n_multiplied() + 12 * c.n_layer * c.n_embd * (length or c.block_size)
 
     def forward(self, idx, targets=None, documents=None, cache: KVCache | None = None, last_only=False):
         """Logits and loss.

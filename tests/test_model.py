@@ -272,6 +272,7 @@ def test_flops_per_token_is_the_palm_formula(tiny_model):
     assert model.flops_per_token(10) == 6 * model.n_params() + 12 * 2 * 32 * 10
     learned = tiny_model(use_rope=False)  # looking a position up costs nothing
     assert learned.flops_per_token() == model.flops_per_token()
+    assert tiny_model(n_prev=3).flops_per_token() == model.flops_per_token()
 
 
 def test_parameter_names_are_gpt2s(tiny_model):

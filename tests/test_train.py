@@ -557,6 +557,6 @@ def test_help_and_mistakes_answer_without_importing_torch(workspace):
     (workspace.path / "blocked").mkdir()
     (workspace.path / "blocked" / "torch.py").write_text("raise SystemExit('torch was imported')")
     for script in ("train.py", "train_ddp.py", "train_deepspeed.py", "inference.py", "inference_ds.py",
-                   "evaluate.py", "checkpoint.py", "plot_loss.py", "bench.py"):
+                   "evaluate.py", "checkpoint.py", "plot_loss.py", "bench.py", "scaling.py"):
         assert "usage" in workspace.run(script, "--help", env=blocked).stdout
     assert "did you mean" in workspace.run("train.py", "--batchsize", 4, status=2, env=blocked).stderr
