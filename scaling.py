@@ -49,6 +49,7 @@ def command_line():
     if not train.dataset_path:
         raise InputError(f'{args.train_config}: dataset_path is not set; give [["train.npy", "val.npy"]]')
     step = train.batch_size * train.gradient_accumulation_steps * model.block_size
+    model.dropout = train.dropout
     args.train, args.model, args.grid = train, model, []
     for name in dict.fromkeys(args.shapes):
         if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", name):
