@@ -454,8 +454,11 @@ def run_recipe(args, model_settings, train_settings):
             np.save(f"{folder}/{name}.npy", part)
             loaders.append(DataLoader([f"{folder}/{name}.npy"], "pretrain", model.config.block_size,
                                       config.batch_size if name == "train" else 128, config.random_seed))
-        result = train.trial(model.to(strategy.device), tokenizer, *loaders, config, strategy)
-    return {"steps": result["step"], "tokens": result["tokens"], "val_loss": result["val_loss"],
+        train.CHECKPOINTS = os.path.join(folder, "checkpoint")
+        result = train.fit(model.to(strategy.device), tokenizer, *loaders, config, strategy, "pretrain")
+        everything = replace(config, eval_iters=10**9)  # what fit validates, at the start too, is a sample
+        val_loss = train.validation_loss(model, loaders[1], strategy, everything, tokenizer)
+    return {"steps": result["step"], "tokens": result["tokens"], "val_loss": val_loss,
             "parameters": model.n_params(), "seconds": round(time.perf_counter() - START, 2)}
 
 

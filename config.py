@@ -37,7 +37,7 @@ def before_imports(parse):
     mistakes answer at once.
 
     From here to `run` the garbage collector rests: importing makes half a million objects that stay, and a
-    fifth of its time is the collector's, who looks through them again and again."""
+    fifth of its time is the collector's, which looks through them again and again."""
     with contextlib.suppress(InputError):  # main() meets it again, and run() prints it
         parse()
     gc.disable()

@@ -57,8 +57,8 @@ def command_line():
         layers, width = map(int, name.split("x"))
         heads = max(1, width * model.n_head // model.n_embd)
         of_shape = replace(model, n_layer=layers, n_embd=width, n_head=heads).validate(f"--shapes {name}")
-        for steps in dict.fromkeys(round(tokens / step) for tokens in args.tokens):
-            config = replace(train, max_steps=steps, eval_interval=max(1, steps),
+        for steps in dict.fromkeys(max(1, round(tokens / step)) for tokens in args.tokens):
+            config = replace(train, max_steps=steps, eval_interval=steps,
                              learning_rate=train.learning_rate * model.n_embd / width)
             args.grid.append((name, of_shape, config.validate(f"--tokens, {steps} steps of {step}")))
     return args
@@ -74,11 +74,11 @@ from tqdm import tqdm
 from dataloader import DataLoader
 from model import GPT
 from tokenizer import Tokenizer
-from train import SingleProcess, trial
+from train import SingleProcess, fit, validation_loss
 
 
 class OneOfMany(SingleProcess):
-    """A run without log and bar of its own; its steps move the bar of all runs."""
+    """A run without log, checkpoints and bar of its own; its steps move the bar of all runs."""
 
     is_main = False
 
@@ -88,6 +88,9 @@ class OneOfMany(SingleProcess):
     def step(self, lr):
         self.bar.update(self.flops)
         return super().step(lr)
+
+    def save(self, path, checkpoint, fixed_name=None):
+        pass
 
 
 def read_runs(path):
@@ -109,6 +112,14 @@ def read_runs(path):
     return runs
 
 
+def append(path, text):
+    try:
+        with open(path, "a", encoding="utf-8") as f:
+            f.write(text)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+
+
 def train_grid(args, path):
     """Train what `path` lacks, cheapest first, and append it there. Returns all runs with these settings, a
     list of dicts, and the number of the signal that ended the work, or 0."""
@@ -127,6 +138,10 @@ def train_grid(args, path):
     runs = [done for done in found if done["settings"] == settings]
     if len(found) > len(runs):
         print(f"{path}: {len(found) - len(runs)} runs with other settings or data are left out")
+    planned = [(name, config.max_steps) for name, _, config in args.grid]
+    planned += [(done["shape"], done["steps"]) for done in runs]
+    if min(len(set(column)) for column in zip(*planned, strict=True)) < 3:
+        raise InputError("a law needs three --shapes and three --tokens, those of earlier runs included")
     todo = []
     for name, model_config, config in args.grid:
         model_config.vocab_size = tokenizer.vocab_size
@@ -135,6 +150,9 @@ def train_grid(args, path):
                 * config.gradient_accumulation_steps * model_config.block_size  # of a step
         if not any((done["shape"], done["steps"]) == (name, config.max_steps) for done in runs):
             todo.append((flops * config.max_steps, flops, name, model_config, config))
+    if todo:
+        append(path, "")  # can it be written? better known before the work
+        SingleProcess().setup(args.train)  # says what the device lacks, once; the runs are silent
     with tqdm(total=sum(item[0] for item in todo), unit="FLOP", unit_scale=True, dynamic_ncols=True,
               disable=not todo, mininterval=0.2 if sys.stderr.isatty() else 15) as bar:
         for _, flops, name, model_config, config in sorted(todo, key=lambda item: item[0]):
@@ -143,18 +161,16 @@ def train_grid(args, path):
             strategy.setup(config)
             torch.manual_seed(config.random_seed)
             model, data = GPT(model_config).to(strategy.device), loader(0, config.batch_size)
-            result = trial(model, tokenizer, data, loader(1, max(1, 8192 // model_config.block_size)), config,
-                           strategy)
+            val_data = loader(1, max(1, 8192 // model_config.block_size))
+            result = fit(model, tokenizer, data, val_data, config, strategy, "pretrain")
             if result["signal"]:
                 return runs, result["signal"]
+            everything = replace(config, eval_iters=10**9)  # what fit validates is a sample
+            loss = validation_loss(model, val_data, strategy, everything, tokenizer)
             runs.append({"shape": name, "steps": result["step"], "n": model.n_multiplied(),
-                         "tokens": result["tokens"], "epochs": data.epoch, "loss": result["val_loss"],
+                         "tokens": result["tokens"], "epochs": data.epoch, "loss": loss,
                          "seconds": result["seconds"], "settings": settings})
-            try:
-                with open(path, "a", encoding="utf-8") as f:
-                    f.write(json.dumps(runs[-1]) + "\n")
-            except OSError as error:
-                raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+            append(path, json.dumps(runs[-1]) + "\n")
     return runs, 0
 
 
@@ -225,10 +241,9 @@ def study(runs, path, picture):
     runs = sorted(runs, key=lambda done: (done["n"], done["tokens"]))
     n, d, loss = (np.array([done[key] for done in runs], float) for key in ("n", "tokens", "loss"))
     fewest = min(len(set(n)), len(set(d)))
-    law = fit_law(n, d, loss) if fewest >= 3 else None
+    law = fit_law(n, d, loss)
     if law is None:
-        raise InputError(f"{path}: " + ("its losses do not fall with parameters and tokens, so no law fits"
-                                        if fewest >= 3 else "a law needs three shapes and three --tokens"))
+        raise InputError(f"{path}: its losses do not fall with parameters and tokens, so no law fits")
     # Does it hold beyond the runs that it was fitted to? The largest model and the longest runs, foretold.
     beyond, foretold = (n == n.max()) | (d == d.max()), np.full(len(n), np.nan)
     if fewest > 3 and (smaller := fit_law(n[~beyond], d[~beyond], loss[~beyond])):

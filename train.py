@@ -274,24 +274,6 @@ def fit(model, tokenizer, loader, val_loader, config, strategy, task, start=None
             "signal": int(stop.signum or (signal.SIGTERM if signalled else 0))}
 
 
-def trial(model, tokenizer, loader, val_loader, config, strategy):
-    """`fit` for an experiment: its checkpoints and its log go to a folder that is removed.
-
-    Returns fit()'s dict; val_loss is the loss over all that val_loader has (None after a signal)."""
-    global CHECKPOINTS
-    before = CHECKPOINTS
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            CHECKPOINTS = os.path.join(folder, "checkpoint")
-            result = fit(model, tokenizer, loader, val_loader, config, strategy, "pretrain")
-    finally:
-        CHECKPOINTS = before
-    if not result["signal"]:
-        everything = replace(config, eval_iters=10**9)  # what fit validates is a sample
-        result["val_loss"] = validation_loss(model, val_loader, strategy, everything, tokenizer)
-    return result
-
-
 def refuse_nonfinite(step, batches, loss, norm, skipped, config, strategy):
     """No step was taken for this batch: write it down, and stop unless skip_nonfinite allows one more."""
     path = os.path.join(CHECKPOINTS, f"nonfinite_step_{step}_rank_{strategy.rank}.npz")

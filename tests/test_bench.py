@@ -8,6 +8,7 @@ import torch
 from conftest import TINY
 
 import bench
+import train
 from config import InputError, ModelConfig
 
 
@@ -47,6 +48,7 @@ def test_a_speedrun_is_a_process_that_trains_and_validates(tmp_path, monkeypatch
     """With small settings, since the real ones take a minute."""
     (tmp_path / "input.txt").write_text("To be, or not to be, that is the question: " * 200)
     settings = dict(batch_size=4, max_steps=20, warmup_iters=2, learning_rate=1e-2)
+    monkeypatch.setattr(train, "CHECKPOINTS", None)  # the run sets it
     monkeypatch.setitem(bench.RECIPES, "ours", (TINY, {"optimizer": "muon", **settings}))
     args = bench.command_line(["speedrun", *QUICK, "--text", str(tmp_path / "input.txt"), "--recipe", "ours"])
     bench.main(args)

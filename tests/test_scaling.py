@@ -123,7 +123,8 @@ def test_a_study_that_is_interrupted_keeps_its_runs_and_goes_on(workspace):
     (["--shapes", "1x9"], "--shapes 1x9: use_rope needs an even head size"),
     (["--tokens", "100"], "--tokens, 1 steps of 128: warmup_iters 10 must be below"),
     (["--n_embd", "64"], "unrecognized arguments: --n_embd"),
-    (["--shapes", "1x8", "1x16", "--tokens", "2048"], "a law needs three shapes and three --tokens"),
+    (["--shapes", "1x8", "1x16", "--tokens", "2048"], "a law needs three --shapes and three --tokens"),
+    (["--out", "nowhere/study"], "nowhere/study.jsonl: cannot be written"),
 ])
 def test_bad_input_is_one_line(scripts_here, words, message):
     assert message in scripts_here.refused(scaling.main, *words)
