@@ -17,7 +17,7 @@ import tempfile
 import time
 import zipfile
 
-from config import ROOT, InputError, ModelConfig, Parser, before_imports, from_dict, run
+from config import ROOT, InputError, ModelConfig, Parser, before_imports, from_dict, run_script
 
 
 def command_line():
@@ -320,4 +320,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

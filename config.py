@@ -18,6 +18,7 @@ import sys
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Literal, get_args, get_origin, get_type_hints
 
+IGNORE = -1  # a target that carries no loss
 ROOT = os.path.dirname(os.path.abspath(__file__))
 
 # Before torch loads OpenMP: let idle threads sleep soon instead of spinning. Beside one other busy process,
@@ -32,33 +33,94 @@ class InputError(Exception):
         return " ".join(super().__str__().splitlines())  # a name in it may hold line breaks
 
 
+def prepare_streams():
+    """Make standard input, output and error usable: a closed one is replaced by the null device, and
+    characters that the output's encoding lacks are written as backslash escapes instead of failing."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # its descriptor was closed; the next file opened takes its number
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def before_imports(parse):
     """What a script does before it imports torch, which takes seconds: call `parse()`, so that --help and
-    mistakes answer at once.
+    mistakes in flags and files answer at once.
 
-    From here to `run` the garbage collector rests: importing makes half a million objects that stay, and a
-    fifth of its time is the collector's, which looks through them again and again."""
-    with contextlib.suppress(InputError):  # main() meets it again, and run() prints it
+    From here to `run_script` the garbage collector is off: importing creates half a million objects that
+    stay, and scanning them again and again takes a fifth of the time of the imports."""
+    prepare_streams()
+    try:
         parse()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     gc.disable()
 
 
-def run(main):
+def run_script(main):
     """Call `main()` as a script does: an `InputError` becomes one line on stderr and exit status 2."""
+    prepare_streams()
     if not gc.isenabled():
-        gc.freeze()  # what was imported need not be looked through later either
+        gc.freeze()  # what was imported stays, so later collections skip it
         gc.enable()
     try:
         status = main()
+        sys.stdout.flush()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         status = 130
-    except BrokenPipeError:  # the reader of our output (`| head`) has gone: nothing is left to say
+    except BrokenPipeError:  # the reader of our output (`| head`) has closed it: nothing is left to say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     sys.exit(status)
+
+
+@contextlib.contextmanager
+def atomic_write(path, mode="wb"):
+    """Open a file for writing that appears at `path` whole or not at all: a temporary file in the same
+    folder, synced to disk and then renamed. mode: "wb" or "w" (UTF-8).
+
+    If anything fails the old file stays as it was and the temporary file is removed. An OSError becomes an
+    InputError that names `path`."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        try:
+            with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_folder(path)
+        finally:
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
+def sync_folder(path):
+    """Make a rename in the folder of `path` survive a power failure."""
+    if os.name == "posix":
+        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def print_json(result):
+    """Print a dict as one JSON line, the last of a script's output; non-finite numbers become null."""
+    def finite(value):
+        if isinstance(value, dict):
+            return {str(key): finite(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [finite(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+    print(json.dumps(finite(result), allow_nan=False))
 
 
 def option(default, help, **limits):

@@ -31,7 +31,7 @@ from zlib import crc32
 import numpy as np
 from tqdm import tqdm
 
-from config import ROOT, InputError, ModelConfig, Parser, load_config, run
+from config import ROOT, InputError, ModelConfig, Parser, load_config, run_script
 from tokenizer import GrowingTokenizer, Tokenizer, encode_conversation
 
 DATASET = os.path.normpath(os.path.join(os.path.relpath(ROOT), "dataset"))
@@ -575,4 +575,4 @@ def main(argv=None):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the temporary folder goes then, too
-    run(main)
+    run_script(main)

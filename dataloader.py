@@ -9,9 +9,7 @@ Letters: B rows in a batch, T tokens in a row.
 
 import numpy as np
 
-from config import InputError
-
-IGNORE = -1  # a target that carries no loss
+from config import IGNORE, InputError
 
 
 def open_array(path, ndim=None):

@@ -15,8 +15,8 @@ import math
 import os
 import sys
 
-import native
-from config import InputError, Parser, before_imports, run
+from config import IGNORE, InputError, Parser, before_imports, run_script
+from cpu import native
 
 
 def command_line():
@@ -45,7 +45,7 @@ import torch
 from tqdm import tqdm
 
 import checkpoint as ckpt
-from dataloader import IGNORE, InstructionRows, TextBlocks, open_array
+from dataloader import InstructionRows, TextBlocks, open_array
 from device import pick_device
 from generate import complete, quantize
 from tokenizer import encode_conversation, encode_prompt
@@ -212,4 +212,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -7,8 +7,8 @@ Letters in the shapes: B sequences side by side, T tokens, V vocab_size. After g
 import torch
 import torch.nn as nn
 
-import decode
 from config import InputError
+from cpu import decode
 from model import GPT, KVCache
 
 

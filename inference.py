@@ -10,8 +10,8 @@ End of input (Ctrl-D) or Ctrl-C leaves.
 
 import sys
 
-import native
-from config import InputError, Parser, before_imports, run
+from config import InputError, Parser, before_imports, run_script
+from cpu import native
 
 
 def command_line():
@@ -122,4 +122,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -15,9 +15,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import fused
-from config import InputError, ModelConfig
-from dataloader import IGNORE
+from config import IGNORE, InputError, ModelConfig
+from cpu import fused
 from device import has_flex_attention
 
 

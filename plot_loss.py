@@ -12,7 +12,7 @@ import json
 import os
 import sys
 
-from config import ROOT, InputError, Parser, before_imports, run
+from config import ROOT, InputError, Parser, before_imports, run_script
 
 REFRESH_SECONDS = 2
 
@@ -113,4 +113,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -28,7 +28,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from config import InputError, ModelConfig, Parser, TrainConfig, before_imports, load_config, parse_value, run
+from config import (
+    IGNORE,
+    InputError,
+    ModelConfig,
+    Parser,
+    TrainConfig,
+    before_imports,
+    load_config,
+    parse_value,
+    run_script,
+)
 
 
 @dataclass
@@ -229,7 +239,6 @@ import torch
 from tqdm import tqdm
 
 import checkpoint as ckpt
-from dataloader import IGNORE
 from device import pick_device
 from generate import complete, generate_all_at_once
 from model import GPT
@@ -441,4 +450,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

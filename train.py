@@ -21,7 +21,7 @@ import tempfile
 import time
 from dataclasses import asdict, replace
 
-from config import ROOT, InputError, TrainConfig, before_imports, command_line, run
+from config import IGNORE, ROOT, InputError, TrainConfig, before_imports, command_line, run_script
 
 
 def add_flags(cli):
@@ -37,7 +37,7 @@ import torch
 from tqdm import tqdm
 
 import checkpoint as ckpt
-from dataloader import IGNORE, DataLoader
+from dataloader import DataLoader
 from device import DTYPES, pick_device, pick_dtype, rng_state, set_rng_state, set_sdp_kernel
 from metrics import Log, train_line, val_line
 from model import GPT, documents_of
@@ -423,4 +423,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

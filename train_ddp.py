@@ -20,7 +20,7 @@ import traceback
 import warnings
 from datetime import timedelta
 
-from config import InputError, before_imports, command_line, run
+from config import InputError, before_imports, command_line, run_script
 
 if __name__ == "__main__":
     before_imports(lambda: command_line(__doc__))
@@ -108,11 +108,11 @@ class DataParallel(train.SingleProcess):
 
 
 def run_rank(main):
-    """config.run, for a process among several: what all have to say is said once, and they leave without
-    Python's clean-up, in which gloo's threads abort in a share of runs."""
+    """config.run_script, for a process among several: what all have to say is said once, and they leave
+    without Python's clean-up, in which gloo's threads abort in a share of runs."""
     status = 1
     try:
-        run(lambda: told_apart(main))
+        run_script(lambda: told_apart(main))
     except SystemExit as end:
         status = end.code
     except BaseException:

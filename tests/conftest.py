@@ -24,9 +24,9 @@ import torch
 import checkpoint
 import config
 import metrics
-import native
 import train
-from config import ModelConfig, run
+from config import ModelConfig, run_script
+from cpu import native
 from model import GPT
 from tokenizer import Tokenizer, encode_conversation
 
@@ -34,6 +34,7 @@ from tokenizer import Tokenizer, encode_conversation
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
 
+PACKAGES = ("cpu", "studies")
 TINY = dict(block_size=32, n_layer=2, n_head=4, n_embd=32)
 TEXT = "".join(f"<|bos|>The letter {a} follows {b}. 字母{a}在{b}后面。<|eos|>\n"
                for a, b in zip("BCDEFGHIJKLMNOPQRSTUVWXYZ" * 8, "ABCDEFGHIJKLMNOPQRSTUVWXY" * 8, strict=True))
@@ -57,12 +58,12 @@ class Workspace:
     def __init__(self, folder):
         self.path = Path(folder)
         self.stamps = itertools.count()
-        for path in [*REPO.glob("*.py"), *REPO.glob("*.json"), *REPO.glob("*.c")]:
+        for path in [*REPO.glob("*.py"), *REPO.glob("*.json")]:
             shutil.copy(path, self.path)
-        for name in ("dataset", "checkpoint", "__pycache__"):
+        for name in PACKAGES:
+            shutil.copytree(REPO / name, self.path / name)  # with the compiled decode.c in cpu/__pycache__
+        for name in ("dataset", "checkpoint"):
             (self.path / name).mkdir()
-        if path := native.start("decode.c"):
-            shutil.copy(path, self.path / "__pycache__")
         self.configure("model_config.json", **TINY)
         for name in ("config_pretrain.json", "config_sft.json"):
             self.configure(name, batch_size=4, gradient_accumulation_steps=2, max_steps=6, warmup_iters=2,
@@ -125,7 +126,7 @@ class Workspace:
         stderr = io.StringIO()
         with self.here("script", *words), contextlib.redirect_stderr(stderr), \
                 pytest.raises(SystemExit) as ended:
-            run(main)
+            run_script(main)
         lines = [line for line in stderr.getvalue().splitlines() if "error" in line.lower()]
         assert ended.value.code == 2 and len(lines) == 1, stderr.getvalue()
         return lines[0]

@@ -55,7 +55,7 @@ for line in sys.stdin:
         os.dup2(os.open("stderr.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
         status = 1
         try:
-            train.run(train.main)
+            train.run_script(train.main)
         except SystemExit as error:
             status = error.code or 0
         os._exit(status)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import TINY
 
-import bench
 import train
 from config import InputError, ModelConfig
+from studies import bench
 
 
 @pytest.mark.parametrize("what, names", [

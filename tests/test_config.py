@@ -20,7 +20,7 @@ from config import (
     load_config,
     nearest,
     read_json,
-    run,
+    run_script,
 )
 
 
@@ -235,16 +235,23 @@ def test_any_text_is_a_json_object_or_one_line(tmp_path_factory, text):
         assert str(error).startswith(str(path)) and "\n" not in str(error)
 
 
-def test_the_garbage_collector_rests_while_a_script_imports_and_no_longer(capsys):
-    def mistaken():
-        raise InputError("said twice?")
-
+def test_the_garbage_collector_is_off_while_a_script_imports_and_no_longer(capsys):
     try:
-        before_imports(mistaken)  # main() will meet the mistake again
-        assert not gc.isenabled() and capsys.readouterr().err == ""
+        before_imports(lambda: None)
+        assert not gc.isenabled()
         with pytest.raises(SystemExit):
-            run(lambda: print(gc.isenabled()))
+            run_script(lambda: print(gc.isenabled()))
         assert capsys.readouterr().out == "True\n" and gc.isenabled()
     finally:
         gc.unfreeze()
         gc.enable()
+
+
+def test_a_mistake_ends_a_script_before_its_imports(capsys):
+    def mistaken():
+        raise InputError("batch_size is 0")
+
+    with pytest.raises(SystemExit) as ended:
+        before_imports(mistaken)
+    assert ended.value.code == 2 and capsys.readouterr().err == "error: batch_size is 0\n"
+    assert gc.isenabled()

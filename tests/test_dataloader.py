@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from config import InputError
-from dataloader import IGNORE, DataLoader, InstructionRows, TextBlocks, open_array, spread
+from config import IGNORE, InputError
+from dataloader import DataLoader, InstructionRows, TextBlocks, open_array, spread
 
 BLOCK = 8
 

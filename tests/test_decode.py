@@ -6,9 +6,8 @@ import shutil
 import pytest
 import torch
 
-import decode
-import native
 from config import InputError, ModelConfig
+from cpu import decode, native
 from generate import Int8Linear, decode_one_token, generate, quantize
 from model import GPT, KVCache
 

@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY
 
-import fused
-from config import InputError, ModelConfig
-from dataloader import IGNORE
+from config import IGNORE, InputError, ModelConfig
+from cpu import fused
 from device import set_sdp_kernel
 from model import GPT, KVCache, apply_rope, documents_of, positions_in, rope_table
 

@@ -8,8 +8,7 @@ import torch
 from conftest import REPO
 
 import problem
-from config import InputError
-from dataloader import IGNORE
+from config import IGNORE, InputError
 from problem import TASKS, ProblemLoader, draw, evaluate, read_input, score
 from tokenizer import Tokenizer
 

@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-import scaling
 from config import InputError
+from studies import scaling
 
 LAW = {"E": 1.2, "A": 60.0, "B": 300.0, "alpha": 0.45, "beta": 0.4}
 N, D = (np.array(axis, float).ravel() for axis in np.meshgrid([1e4, 5e4, 2e5, 8e5], [1e5, 3e5, 1e6, 3e6]))
@@ -102,7 +102,7 @@ def test_a_study_trains_each_run_once_and_ends_with_a_law(scripts_here, capsys):
 
 
 def test_a_study_that_is_interrupted_keeps_its_runs_and_goes_on(workspace):
-    words = ["scaling.py", *SMALL, "--tokens", 2048, 4096, 200_000]
+    words = ["-m", "studies.scaling", *SMALL, "--tokens", 2048, 4096, 200_000]
     path = workspace.path / "scaling.jsonl"
     child = subprocess.Popen([sys.executable, *map(str, words)], cwd=workspace.path, stdout=subprocess.PIPE,
                              stderr=subprocess.PIPE, text=True)
@@ -113,7 +113,7 @@ def test_a_study_that_is_interrupted_keeps_its_runs_and_goes_on(workspace):
     assert child.returncode == 130 and "Traceback" not in stderr
     before = path.read_text()
     assert before.count("\n") >= 6
-    ended = workspace.run("scaling.py", *SMALL)
+    ended = workspace.run("-m", "studies.scaling", *SMALL)
     assert path.read_text().startswith(before)
     assert json.loads(ended.stdout.splitlines()[-1])["runs"] == path.read_text().count("\n")
 

@@ -20,8 +20,8 @@ from conftest import train_main
 import device
 import train
 from checkpoint import build_model
-from config import TrainConfig
-from dataloader import IGNORE, DataLoader
+from config import IGNORE, TrainConfig
+from dataloader import DataLoader
 from metrics import parse_log
 from optimizer import build_optimizer, learning_rate
 
@@ -529,7 +529,7 @@ def test_a_signal_finishes_the_step_saves_and_ends_with_its_status(workspace, si
 
 def test_a_second_signal_ends_the_process_at_once(workspace):
     """The first is being obeyed when the second comes: here the save that it asks for never ends."""
-    slow = "import time, train; train.ckpt.save = lambda *_: time.sleep(600); train.run(train.main)"
+    slow = "import time, train; train.ckpt.save = lambda *_: time.sleep(600); train.run_script(train.main)"
     process = started(workspace, "-c", slow, *ENDLESS, "--eval_interval", "100000")
     process.send_signal(signal.SIGTERM)
     time.sleep(1.5)
@@ -557,6 +557,6 @@ def test_help_and_mistakes_answer_without_importing_torch(workspace):
     (workspace.path / "blocked").mkdir()
     (workspace.path / "blocked" / "torch.py").write_text("raise SystemExit('torch was imported')")
     for script in ("train.py", "train_ddp.py", "train_deepspeed.py", "inference.py", "inference_ds.py",
-                   "evaluate.py", "checkpoint.py", "plot_loss.py", "bench.py", "scaling.py"):
+                   "evaluate.py", "checkpoint.py", "plot_loss.py", "studies/bench.py", "studies/scaling.py"):
         assert "usage" in workspace.run(script, "--help", env=blocked).stdout
     assert "did you mean" in workspace.run("train.py", "--batchsize", 4, status=2, env=blocked).stderr

@@ -1,8 +1,8 @@
 """Scaling laws: how the loss falls with parameters and tokens, on the text that data.py prepared.
 
-    python scaling.py                            train a grid of models, fit the law, draw it
-    python scaling.py --shapes 1x64 2x128 3x192 --tokens 250000 500000 1000000
-    python scaling.py --learning_rate 2e-3       any setting, over the JSON files
+    python -m studies.scaling                            train a grid of models, fit the law, draw it
+    python -m studies.scaling --shapes 1x64 2x128 3x192 --tokens 250000 500000 1000000
+    python -m studies.scaling --learning_rate 2e-3       any setting, over the JSON files
 
 Each shape (layers x width) is trained on each number of tokens, every time from the start and with a decay of
 its own, as Hoffmann et al. 2022 do. The learning rate is that of a model as wide as model_config.json says;
@@ -20,7 +20,16 @@ import statistics
 import sys
 from dataclasses import asdict, replace
 
-from config import ROOT, InputError, ModelConfig, Parser, TrainConfig, before_imports, load_config, run
+from config import (
+    ROOT,
+    InputError,
+    ModelConfig,
+    Parser,
+    TrainConfig,
+    before_imports,
+    load_config,
+    run_script,
+)
 
 # Over config_pretrain.json: small steps, so that the shortest run has enough of them.
 STUDY = dict(batch_size=4, gradient_accumulation_steps=1, warmup_iters=10, min_lr=0.0, lr_decay_iters=0,
@@ -315,4 +324,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -1,7 +1,7 @@
 """What several processes cost on this machine: speed, memory and traffic. Two processes, on the CPU.
 
-    python bench_distributed.py speed          one process with 2 threads against two with 1 (DDP)
-    python bench_distributed.py memory         memory a process, and bytes exchanged a step: DDP, ZeRO 0 to 3
+    python -m studies.distributed speed          one process with 2 threads against two with 1 (DDP)
+    python -m studies.distributed memory         memory a process, bytes exchanged a step: DDP, ZeRO 0 to 3
 
 The runs take place in a copy of the scripts, in a folder that is removed. The last line on standard output is
 one JSON object.
@@ -20,7 +20,7 @@ import tempfile
 
 import numpy as np
 
-from config import ROOT, InputError, Parser, run
+from config import ROOT, InputError, Parser, run_script
 from metrics import parse_log
 from tokenizer import Tokenizer
 
@@ -49,6 +49,8 @@ def copy_with_data(folder):
     """The scripts, and prepared text of random characters, in `folder`."""
     for path in glob.glob(os.path.join(ROOT, "*.py")) + glob.glob(os.path.join(ROOT, "*.json")):
         shutil.copy(path, folder)
+    for name in ("cpu", "studies"):
+        shutil.copytree(os.path.join(ROOT, name), os.path.join(folder, name))
     data = os.path.join(folder, "dataset")
     os.makedirs(data)
     tokenizer = Tokenizer.build(map(chr, range(0x4E00, 0x4E00 + 472)))
@@ -92,7 +94,7 @@ def memory(args, folder):
     """Growth of a process's resident memory, and bytes handed to collectives, a parameter."""
     result = {}
     for name, zero in WAYS.items():
-        words = [*LAUNCH, "bench_distributed.py", "--process", json.dumps(zero), *SHAPE]
+        words = [*LAUNCH, "-m", "studies.distributed", "--process", json.dumps(zero), *SHAPE]
         result[name] = json.loads(call(words, folder, 1).splitlines()[-1])
         sent = ", ".join(f"{b:.1f} {what}" for what, b in result[name]["bytes_sent_a_parameter"].items())
         print(f"{name:24}{result[name]['megabytes']:7.0f} MB{result[name]['bytes_a_parameter']:7.1f} bytes "
@@ -204,4 +206,4 @@ if __name__ == "__main__":
         del sys.argv[1:3]
         one_process(ZERO)
     else:
-        run(lambda: main(command_line()))
+        run_script(lambda: main(command_line()))

@@ -13,7 +13,7 @@ import sys
 
 import torch
 
-import native
+from cpu import native
 from model import KVCache
 
 ACTIVATIONS = {"gelu": 0, "relu2": 1, "swiglu": 2}  # the enum of decode.c

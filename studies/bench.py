@@ -1,16 +1,15 @@
 """Timings of training, generation, attention kernels and data preparation on this machine.
 
-    python bench.py train                    tokens/s and TFLOPS of each way to train, beside plain float32
-    python bench.py train --n_layer 2 --n_head 4 --n_embd 512 --block_size 512 --vocab_size 2114 \\
+    python -m studies.bench train        tokens/s and TFLOPS of each way to train, beside plain float32
+    python -m studies.bench train --n_layer 2 --n_head 4 --n_embd 512 --block_size 512 --vocab_size 2114 \\
         --batch_size 100
-    python bench.py generate                 tokens/s with and without the KV cache, one sequence and 32; time
-                                             to the first token
-    python bench.py sdpa                     the attention kernels, relative time and memory
-    python bench.py data --megabytes 500     encoding, decoding, data.py from file to file, its peak memory
-    python bench.py sft --rows dataset/sft_train.npy       pairs/s of trimmed batches beside full padding
-    python bench.py speedrun --text input.txt              seconds to loss 1.886 on tinyshakespeare
-    python bench.py speedrun --text input.txt --baseline   and those of nanoGPT's settings in this same code
-    python bench.py growth                   speed and memory as width, block, batch and length grow; a plot
+    python -m studies.bench generate     tokens/s with and without the KV cache, and time to the first token
+    python -m studies.bench sdpa         the attention kernels, relative time and memory
+    python -m studies.bench data --megabytes 500       data.py from file to file, its peak memory
+    python -m studies.bench sft --rows dataset/sft_train.npy     trimmed batches beside full padding
+    python -m studies.bench speedrun --text input.txt            seconds to loss 1.886 on tinyshakespeare
+    python -m studies.bench speedrun --text input.txt --baseline      and those of nanoGPT's settings
+    python -m studies.bench growth       speed and memory as width, block, batch and length grow; a plot
 
 The ways are timed in turns, several times; the table shows medians. Machines are shared, so compare ratios
 within one run. The last line on standard output is one JSON object.
@@ -33,7 +32,7 @@ import sys
 import tempfile
 from dataclasses import asdict, replace
 
-from config import ROOT, InputError, ModelConfig, Parser, TrainConfig, before_imports, run
+from config import IGNORE, ROOT, InputError, ModelConfig, Parser, TrainConfig, before_imports, run_script
 
 SMALL = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 65}
 
@@ -72,8 +71,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import checkpoint as ckpt
-import native
-from dataloader import IGNORE, DataLoader
+from cpu import native
+from dataloader import DataLoader
 from device import pick_device, pick_dtype
 from generate import decode_one_token, generate, prefill, quantize
 from model import GPT, KVCache
@@ -410,10 +409,10 @@ def bench_speedrun(args, device):
     turns = {"ours": [], "nanogpt": []} if args.baseline else {"ours": []}
     for _ in range(args.repeats):
         for recipe, results in turns.items():
-            command = [sys.executable, __file__, "speedrun", "--text", args.text, "--recipe", recipe,
-                       "--device", args.device]
+            command = [sys.executable, "-m", "studies.bench", "speedrun", "--text", args.text,
+                       "--recipe", recipe, "--device", args.device]
             start = time.perf_counter()
-            child = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+            child = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
             if child.returncode:
                 raise InputError(f"{' '.join(command)}: ended with status {child.returncode}")
             result = json.loads(child.stdout.splitlines()[-1])
@@ -564,4 +563,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run(lambda: main(command_line()))
+    run_script(lambda: main(command_line()))
