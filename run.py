@@ -93,12 +93,12 @@ class Run:
         return self.folder is not None and self.is_main
 
     def __enter__(self):
+        if self.is_main and self.tensorboard:
+            self.writer = open_tensorboard(self.tensorboard)
         if self.writes:
             self.log = Log(self.folder)
             self.stamp = self.log.stamp
             self.log.write(first_line(self.task))
-        if self.is_main and self.tensorboard:
-            self.writer = open_tensorboard(self.tensorboard)
         self.guard = guarded_output()
         self.guard.__enter__()
         self.stop.__enter__()
