@@ -114,6 +114,7 @@ class TrainConfig:
     save_interval: int = option(1000, "steps between unconditional checkpoints", least=1)
     compile: Literal["auto", "true", "false"] = option("auto", "torch.compile the model; auto: on CUDA")
     document_mask: bool = option(False, "hide the other documents of a window from each token?")
+    log_stats: int = option(0, "steps between records of statistics per layer (stats.py); 0: none", least=0)
     skip_nonfinite: int = option(0, "steps with a non-finite gradient to skip before stopping", least=0)
 
     def validate(self, where="train config"):

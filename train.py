@@ -39,6 +39,7 @@ from dataloader import DataLoader
 from model import batch_loss
 from optimizer import build_optimizer, learning_rate
 from run import build_run, improves
+from stats import LayerStats
 from strategy import SingleProcess, halve_passes, load_step
 from tokenizer import Tokenizer
 
@@ -122,8 +123,11 @@ def fit(model, tokenizer, loader, val_loader, config, strategy, run):
     seconds_per_step = 0.0
     steps_since_log = 0
     tokens_since_log = 0
+    stats = None
     follows_clock = config.decay_lr and not (config.lr_decay_iters or config.max_steps)
     with run, run.progress(config.max_steps, step) as bar:
+        if config.log_stats and run.writes:
+            stats = LayerStats(model, config.log_stats, run.stats_path())
         while True:
             # All processes leave at the same step, whichever of them was asked to.
             elapsed = time.perf_counter() - began
@@ -161,7 +165,11 @@ def fit(model, tokenizer, loader, val_loader, config, strategy, run):
             done = data
             data = load_step(loader, strategy, model.config.block_size)  # while the device works
             loss, norm = strategy.read(loss, norm)
+            if stats and stats.is_due(step):
+                stats.before_step()
             norm = strategy.take_step(lr, norm) if math.isfinite(loss) else strategy.skip_step()
+            if stats and stats.is_due(step):
+                stats.after_step(step, done.tensors[0][0])
             if math.isfinite(norm):
                 losses.append(loss)
             else:
@@ -187,6 +195,8 @@ def fit(model, tokenizer, loader, val_loader, config, strategy, run):
                 tokens_since_log = 0
                 losses = []
             bar.update()
+    if stats:
+        stats.close()
     return {"task": run.task, "step": step, "val_loss": val_loss, "best_val_loss": best_val_loss,
             "tokens": tokens, "seconds": round(time.perf_counter() - began, 1),
             "log": run.log and run.log.name,
