@@ -29,19 +29,19 @@ import numpy as np
 from config import (
     IGNORE,
     ROOT,
-    InputError,
     ModelConfig,
     Parser,
     TrainConfig,
-    before_imports,
+    find,
+    from_dict,
     load_config,
     parse_value,
-    print_json,
-    run_script,
+    shorten_warmup,
 )
 from problems.digits import PALINDROME, SORT
 from problems.logic import BOOL
 from problems.numbers import Q
+from script import InputError, before_imports, guarded_output, print_json, run_script
 
 TASKS = {
     "q": Q,
@@ -81,22 +81,27 @@ def command_line():
     cli.add_config(ModelConfig, UNUSED_FIELDS, task.model)
     args = cli.parse_args()
     args.settings = {name: getattr(args, name) for name in task.settings if getattr(args, name) is not None}
-    args.train = load_config(TrainConfig, None, {**train_defaults, **cli.overrides(args, TrainConfig)})
+    train_flags = cli.overrides(args, TrainConfig)
+    args.train = from_dict(TrainConfig, {**train_defaults, **train_flags}, "command line")
+    shorten_warmup(args.train, train_flags)
+    args.train.validate("command line")
     args.model_flags = cli.overrides(args, ModelConfig)
+    args.root = ROOT
     if args.eval_only or args.interactive:
         args.model = find_model(args)
     elif not args.train.from_checkpoint:
         check_settings(task, args)
+    elif args.train.from_checkpoint != "latest" and not os.path.exists(find(args.train.from_checkpoint)):
+        raise InputError(f"from_checkpoint {args.train.from_checkpoint}: no such file")
     return args
 
 
 def find_model(args):
     """The path of the checkpoint to open. Raises InputError if there is none."""
-    default = os.path.join(ROOT, "checkpoint", f"{args.task}_last.pt")
-    path = args.model or default
-    if not os.path.exists(path) and not os.path.exists(os.path.join(ROOT, path)):
+    path = args.model or os.path.join("checkpoint", f"{args.task}_last.pt")
+    if not os.path.exists(find(path)):
         raise InputError(f"{path}: no such file; train a model first: python problem.py {args.task}")
-    return path
+    return find(path)
 
 
 def check_settings(task, args):
@@ -120,9 +125,10 @@ from tqdm import tqdm
 import checkpoint as ckpt
 from device import pick_device
 from generate import complete, generate_all_at_once
-from model import GPT
+from run import build_run
+from strategy import SingleProcess
 from tokenizer import Tokenizer
-from train import SingleProcess, fit, starting_point
+from train import fit
 
 
 def split_of(text):
@@ -304,29 +310,28 @@ def open_checkpoint(args):
 
 def train(args):
     """Train as the flags say. Returns model, tokenizer, settings and what fit() returns."""
-    task, config, strategy = TASKS[args.task], args.train, SingleProcess()
+    task = TASKS[args.task]
+    config = args.train
+    strategy = SingleProcess()
     strategy.setup(config)
-    start, resume = starting_point(args, strategy)
-    settings = {name: default for name, (default, _) in task.settings.items()}
-    settings |= (start["dataloader"]["settings"] if resume else {}) | args.settings
     tokenizer = Tokenizer.build([task.vocabulary, "="])
-    torch.manual_seed(config.random_seed)
-    if start:
-        model, own_tokenizer = ckpt.build_model(start, config.from_checkpoint, dropout=config.dropout)
-        if own_tokenizer.to_dict() != tokenizer.to_dict():
-            raise InputError(f"{config.from_checkpoint}: has another vocabulary than {args.task}")
-    else:
-        shape = {"block_size": task.block_size(settings), "vocab_size": tokenizer.vocab_size, **task.model}
-        model = GPT(load_config(ModelConfig, None, {**shape, **args.model_flags}))
-    model.to(strategy.device)
-    c = model.config
-    loader, val_loader = (ProblemLoader(task, settings, tokenizer, c.is_causal, config.batch_size,
-                                        config.random_seed, side) for side in ("training", "validation"))
+    settings = default_settings(task)
+
+    def make_loaders(model_config, start):
+        settings.update((start["dataloader"]["settings"] if start else {}) | args.settings)
+        return [ProblemLoader(task, settings, tokenizer, model_config.is_causal, config.batch_size,
+                              config.random_seed, split) for split in ("training", "validation")]
+
+    shape = {"block_size": task.block_size({**settings, **args.settings}), **task.model, **args.model_flags}
+    setup = build_run(config, strategy, args.task, tokenizer, load_config(ModelConfig, None, shape),
+                      make_loaders, args.root, args.model_flags)
+    c = setup.model.config
     strategy.say(f"{args.task}, " + ", ".join(f"{name} {value}" for name, value in settings.items()) +
-                 f": {model.n_params() / 1e6:.2f} M parameters ({c.n_layer} layers, {c.n_embd} wide, "
+                 f": {setup.model.n_params() / 1e6:.2f} M parameters ({c.n_layer} layers, {c.n_embd} wide, "
                  f"{'causal' if c.is_causal else 'full'} attention) on {strategy.device}")
-    result = fit(model, tokenizer, loader, val_loader, config, strategy, args.task, start if resume else None)
-    return model.eval(), tokenizer, settings, result
+    with guarded_output():
+        result = fit(setup.model, tokenizer, setup.loader, setup.val_loader, config, strategy, setup.run)
+    return setup.model.eval(), tokenizer, settings, result
 
 
 def main():

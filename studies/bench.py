@@ -22,7 +22,6 @@ START = time.perf_counter()  # `speedrun` counts the imports too
 
 import copy
 import itertools
-import json
 import os
 import platform
 import random
@@ -32,17 +31,8 @@ import sys
 import tempfile
 from dataclasses import asdict, replace
 
-from config import (
-    IGNORE,
-    ROOT,
-    InputError,
-    ModelConfig,
-    Parser,
-    TrainConfig,
-    before_imports,
-    print_json,
-    run_script,
-)
+from config import IGNORE, ROOT, ModelConfig, Parser, TrainConfig
+from script import InputError, before_imports, print_json, run_script
 
 SMALL = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 65}
 
@@ -93,9 +83,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import checkpoint as ckpt
 from cpu import native
 from dataloader import DataLoader
-from device import pick_device, pick_dtype
+from device import has_fast_bfloat16, pick_device, pick_dtype, setup_device
 from generate import generate, prefill, quantize
 from model import GPT, KVCache
+from studies.speedrun import bench_speedrun
 from studies.timing import measure, medians, table, tensors
 from studies.train_speed import bench_train, our_step
 from tokenizer import Tokenizer
@@ -196,7 +187,7 @@ KERNELS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENT
 def bench_sdpa(args, device):
     """Forward and backward pass of scaled_dot_product_attention alone, in the type that training uses."""
     c = args.model
-    dtype = pick_dtype("bfloat16", device)
+    dtype = pick_dtype("bfloat16", device, has_fast_bfloat16(device))
     shape = (args.batch_size, c.n_head, c.block_size, c.n_embd // c.n_head)
     q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
 
@@ -287,7 +278,7 @@ def bench_data(args, device):
 def bench_sft(args, device):
     """Training on instruction rows, in batches trimmed to their longest row and padded to block_size."""
     block_size = args.model.block_size
-    dtype = pick_dtype("bfloat16", device)
+    dtype = pick_dtype("bfloat16", device, has_fast_bfloat16(device))
     loader = DataLoader([args.rows], "sft", block_size, args.batch_size)
     loader.require_full_batches()
     args.model.vocab_size = int(loader.sources[0].data[:, 0].max()) + 1
@@ -331,83 +322,12 @@ def bench_sft(args, device):
             "mean_width": statistics.mean(widths)}
 
 
-# nanoGPT's documented run for a CPU, and ours: settings over those of ModelConfig and TrainConfig.
-RECIPES = {
-    "nanogpt": (dict(n_layer=4, n_head=4, n_embd=128, block_size=64, use_rope=False),
-                dict(optimizer="adamw", learning_rate=1e-3, min_lr=1e-4, warmup_iters=100,
-                     lr_schedule="cosine", batch_size=12, max_steps=2000)),
-    "ours": (dict(n_layer=1, n_head=2, n_embd=128, block_size=64, activation="relu2", qk_norm=True, n_prev=3),
-             dict(optimizer="muon", learning_rate=1.2e-2, min_lr=0.0, warmup_iters=8, lr_schedule="linear",
-                  beta1=0.7, beta2=0.95, weight_decay=0.0, batch_size=24, max_steps=140)),
-}
-GOAL = 1.886  # the validation loss that nanoGPT's documentation gives for its run
-
-
-def bench_speedrun(args, device):
-    """From the start of Python to a trained and validated model: the first 90 % of a text train it, the rest
-    validates it, all of it. Without --recipe: whole processes, timed from outside, in turns."""
-    if args.recipe:
-        return {"recipe": args.recipe, **run_recipe(args, *RECIPES[args.recipe])}
-    turns = {"ours": [], "nanogpt": []} if args.baseline else {"ours": []}
-    for _ in range(args.repeats):
-        for recipe, results in turns.items():
-            command = [sys.executable, "-m", "studies.bench", "speedrun", "--text", args.text,
-                       "--recipe", recipe, "--device", args.device]
-            start = time.perf_counter()
-            child = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-            if child.returncode:
-                raise InputError(f"{' '.join(command)}: ended with status {child.returncode}")
-            result = json.loads(child.stdout.splitlines()[-1])
-            results.append({**result, "wall_seconds": time.perf_counter() - start})
-    seconds, losses = ({recipe: statistics.median(result[key] for result in results)
-                        for recipe, results in turns.items()} for key in ("wall_seconds", "val_loss"))
-    table([(recipe, results[0]["steps"], f"{results[0]['tokens']:,}", f"{losses[recipe]:.4f}",
-            f"{seconds[recipe]:.1f}", f"{seconds[recipe] / seconds['nanogpt']:.3f}" if args.baseline else "–")
-           for recipe, results in turns.items()],
-          ("settings", "steps", "tokens", "val loss", "seconds", "of nanogpt's"))
-    reached = losses["ours"] <= GOAL
-    print(f"loss {GOAL}: {'reached' if reached else 'not reached'}")
-    return {"reached": reached, "val_loss": losses, "wall_seconds": seconds, "runs": turns}
-
-
-def run_recipe(args, model_settings, train_settings):
-    import train  # the whole of it, which other benchmarks spare
-    try:
-        with open(args.text, encoding="utf-8") as f:
-            text = f.read()
-    except OSError as error:
-        raise InputError(f"--text {args.text}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"--text {args.text}: not UTF-8 at byte {error.start}") from None
-    tokenizer = Tokenizer.build([text])
-    ids = tokenizer.encode(text)
-    config = TrainConfig(**{"device": args.device, "gradient_accumulation_steps": 1, "weight_decay": 0.1,
-                            "random_seed": args.random_seed, "save_interval": 10**9, "lr_decay_iters": 0,
-                            **train_settings})
-    config = replace(config, eval_interval=config.max_steps).validate()
-    torch.manual_seed(config.random_seed)
-    model = GPT(ModelConfig(vocab_size=tokenizer.vocab_size, **model_settings))
-    strategy = train.SingleProcess()
-    strategy.setup(config)
-    with tempfile.TemporaryDirectory() as folder:
-        loaders = []
-        for name, part in (("train", ids[: int(0.9 * len(ids))]), ("val", ids[int(0.9 * len(ids)) :])):
-            np.save(f"{folder}/{name}.npy", part)
-            loaders.append(DataLoader([f"{folder}/{name}.npy"], "pretrain", model.config.block_size,
-                                      config.batch_size if name == "train" else 128, config.random_seed))
-        train.CHECKPOINTS = os.path.join(folder, "checkpoint")
-        result = train.fit(model.to(strategy.device), tokenizer, *loaders, config, strategy, "pretrain")
-        everything = replace(config, eval_iters=10**9)  # what fit validates, at the start too, is a sample
-        val_loss = train.validation_loss(model, loaders[1], strategy, everything, tokenizer)
-    return {"steps": result["step"], "tokens": result["tokens"], "val_loss": val_loss,
-            "parameters": model.n_params(), "seconds": round(time.perf_counter() - START, 2)}
-
-
 def main(args):
     device = pick_device(args.device)
+    setup_device(device)
     args.seconds = args.seconds or (1.0 if device.type == "cuda" else 4.0)
     benches = {"train": bench_train, "generate": bench_generate, "sdpa": bench_sdpa, "data": bench_data,
-               "sft": bench_sft, "speedrun": bench_speedrun}
+               "sft": bench_sft, "speedrun": lambda args, device: bench_speedrun(args, START)}
     machine = f"{torch.get_num_threads()} threads, {platform.processor() or platform.machine()}"
     if device.type == "cuda":
         machine = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"

@@ -16,8 +16,9 @@ import tempfile
 
 import numpy as np
 
-from config import ROOT, InputError, Parser, print_json, run_script
+from config import ROOT, Parser
 from metrics import parse_log
+from script import InputError, print_json, run_script
 from tokenizer import Tokenizer
 
 PACKAGES = ("cpu", "problems", "studies")

@@ -10,11 +10,12 @@ import tempfile
 import numpy as np
 import torch
 
-from config import InputError, TrainConfig
+from config import TrainConfig
 from dataloader import DataLoader
-from device import pick_dtype
+from device import has_fast_bfloat16, pick_dtype
 from model import GPT
 from optimizer import build_optimizer
+from script import InputError
 from studies.timing import measure, medians, random_batches, rate, table, tensors, training_step
 
 
@@ -22,11 +23,9 @@ def our_step(args, device, dtype, optimizer="adamw", compile=False, next_batch=N
     """A training step of this project, and its model. next_batch: default: random tokens."""
     torch.manual_seed(0)
     model = GPT(args.model).to(device)
-    if compile:
-        model.compile(dynamic=False)
-    next_batch = next_batch or random_batches(args, device)
-    return training_step(model, build_optimizer(model, TrainConfig(optimizer=optimizer)), dtype,
-                         next_batch), model
+    optimizers = build_optimizer(model, TrainConfig(optimizer=optimizer), has_fast_bfloat16(device))
+    trained = torch.compile(model, dynamic=False) if compile else model
+    return training_step(trained, optimizers, dtype, next_batch or random_batches(args, device)), model
 
 
 def nanogpt_step(args, device, dtype, compile=False):
@@ -42,7 +41,7 @@ def nanogpt_step(args, device, dtype, compile=False):
                                             dropout=c.dropout, bias=c.bias)).to(device)
         optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
     if compile:
-        model.compile()
+        model = torch.compile(model)
     return training_step(model, optimizer, dtype, random_batches(args, device)), model
 
 
@@ -80,7 +79,7 @@ def runs_by_default(way, best, on_cuda):
 
 
 def bench_train(args, device):
-    best = pick_dtype("bfloat16", device)
+    best = pick_dtype("bfloat16", device, has_fast_bfloat16(device))
     on_cuda = device.type == "cuda"
     float32 = "TF32" if on_cuda and torch.backends.cuda.matmul.allow_tf32 else "float32"
     types = {float32: torch.float32}

@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import TINY
 
-import train
-from config import InputError, ModelConfig
-from device import pick_dtype
-from studies import bench, timing
+from config import ModelConfig
+from device import has_fast_bfloat16
+from script import InputError
+from studies import bench, speedrun, timing
 from studies.train_speed import our_step, runs_by_default, ways_to_train
 
 
@@ -50,8 +50,7 @@ def test_a_speedrun_is_a_process_that_trains_and_validates(tmp_path, monkeypatch
     """With small settings, since the real ones take a minute."""
     (tmp_path / "input.txt").write_text("To be, or not to be, that is the question: " * 200)
     settings = dict(batch_size=4, max_steps=20, warmup_iters=2, learning_rate=1e-2)
-    monkeypatch.setattr(train, "CHECKPOINTS", None)  # the run sets it
-    monkeypatch.setitem(bench.RECIPES, "ours", (TINY, {"optimizer": "muon", **settings}))
+    monkeypatch.setitem(speedrun.RECIPES, "ours", (TINY, {"optimizer": "muon", **settings}))
     args = bench.command_line(["speedrun", *QUICK, "--text", str(tmp_path / "input.txt"), "--recipe", "ours"])
     bench.main(args)
     result = last_json(capsys)
@@ -111,7 +110,7 @@ def test_only_the_chosen_ways_are_timed_and_nanogpt_beside_them(tmp_path, capsys
     (tmp_path / "model.py").write_text(NANOGPT)
     words = ["train", *QUICK, "--n_layer", "1", "--n_head", "2", "--n_embd", "16", "--block_size", "32",
              "--batch_size", "2", "--nanogpt", str(tmp_path)]
-    best = str(pick_dtype("bfloat16", torch.device("cpu"))).removeprefix("torch.")
+    best = "bfloat16" if has_fast_bfloat16(torch.device("cpu")) else "float32"
     bench.main(bench.command_line([*words, "--ways", f"{best} nanoGPT", "float32 Muon", f"{best} AdamW"]))
     result = last_json(capsys)
     assert set(result["tokens_per_second"]) == {"float32 Muon", f"{best} AdamW", f"{best} nanoGPT"}
