@@ -14,7 +14,6 @@ standard output is one JSON object.
 """
 
 import json
-import math
 import os
 import re
 import statistics
@@ -168,8 +167,10 @@ def train_grid(args, path):
             result = fit(setup.model, tokenizer, *loaders, config, strategy, setup.run)
             if result["signal"]:
                 return runs, result["signal"]
-            # What fit validates is a sample.
-            loss = validation_loss(setup.model, loaders[1], strategy, config, tokenizer, math.inf)
+            # What fit validates is a sample: here every row.
+            sources = loaders[1].sources
+            n_rows = len(sources) * max(source.n_rows for source in sources)
+            loss = validation_loss(setup.model, loaders[1], strategy, config, tokenizer, n_rows)
             runs.append({"shape": name, "steps": result["step"], "n": setup.model.n_multiplied(),
                          "tokens": result["tokens"], "loss": loss,
                          "epochs": result["step"] * config.gradient_accumulation_steps

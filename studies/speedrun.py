@@ -1,7 +1,6 @@
 """Seconds to a loss: `python -m studies.bench speedrun` (see studies/bench.py)."""
 
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -94,7 +93,8 @@ def run_recipe(args, model_settings, train_settings, start):
                           make_loaders, folder=None)
         result = train.fit(setup.model, tokenizer, setup.loader, setup.val_loader, config, strategy,
                            setup.run)
-        # What fit validates, at the start too, is a sample.
-        val_loss = train.validation_loss(setup.model, setup.val_loader, strategy, config, tokenizer, math.inf)
+        # What fit validates, at the start too, is a sample: here every row.
+        n_rows = sum(source.n_rows for source in setup.val_loader.sources)
+        val_loss = train.validation_loss(setup.model, setup.val_loader, strategy, config, tokenizer, n_rows)
     return {"steps": result["step"], "tokens": result["tokens"], "val_loss": val_loss,
             "parameters": setup.model.n_params(), "seconds": round(time.perf_counter() - start, 2)}
