@@ -8,11 +8,11 @@ import functools
 
 import torch
 
-from config import InputError
 from cpu import decode
 from cpu.int8 import quantize  # noqa: F401  (evaluate.py and studies/bench.py import it from here)
 from device import has_fast_bfloat16
 from model import GPT, KVCache
+from script import InputError
 
 GRAPH_TOKENS = 32  # recording a CUDA graph takes about as long as this many steps without one
 
@@ -286,4 +286,4 @@ def use_half_precision(model):
     A model on a CPU or an old card stays as it is. The tables of RoPE stay float32. Returns the model."""
     if model.device.type != "cuda" or torch.cuda.get_device_capability(model.device) < (7, 0):
         return model
-    return model.to(torch.bfloat16 if has_fast_bfloat16("cuda") else torch.float16)
+    return model.to(torch.bfloat16 if has_fast_bfloat16(model.device) else torch.float16)

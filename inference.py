@@ -11,8 +11,9 @@ End of input (Ctrl-D) or Ctrl-C leaves; Ctrl-C during an answer in a conversatio
 import contextlib
 import sys
 
-from config import InputError, Parser, before_imports, run_script
+from config import Parser
 from cpu import native
+from script import InputError, before_imports, run_script
 
 
 def command_line():
@@ -48,7 +49,7 @@ import torch
 
 import checkpoint as ckpt
 from cpu.int8 import quantize
-from device import pick_device
+from device import pick_device, setup_device
 from generate import check_sampling, generate, use_half_precision
 from tokenizer import encode_prompt
 
@@ -137,6 +138,7 @@ def main():
     if args.seed is not None and not 0 <= args.seed < 2**63:
         raise InputError(f"seed is {args.seed}, but must be 0 or above and below 2**63")
     device = pick_device(args.device)
+    setup_device(device)
     model, tokenizer = ckpt.build_model(ckpt.load(args.model), args.model)
     use_half_precision(model.to(device))
     if args.int8:

@@ -15,9 +15,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from config import IGNORE, InputError, ModelConfig
+from config import IGNORE, ModelConfig
 from cpu import fused
 from device import has_flex_attention
+from script import InputError
 
 
 class KVCache:

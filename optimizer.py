@@ -5,17 +5,21 @@ import math
 import torch
 
 from config import TrainConfig
-from device import has_fast_bfloat16
 
 
-def learning_rate(step, config: TrainConfig):
-    """Learning rate at `step`, counted from 0: linear warm-up, then cosine or linear decay to min_lr."""
+def learning_rate(step, config: TrainConfig, seconds=0.0):
+    """Learning rate at `step`, counted from 0: linear warm-up, then cosine or linear decay to min_lr.
+
+    Where neither lr_decay_iters nor max_steps is set, the decay follows the clock: seconds of max_minutes."""
     if not config.decay_lr:
         return config.learning_rate
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / (config.warmup_iters + 1)  # above 0 from the first step on
     end = config.lr_decay_iters or config.max_steps
-    progress = min(1.0, (step - config.warmup_iters) / (end - config.warmup_iters))
+    if end:
+        progress = min(1.0, (step - config.warmup_iters) / (end - config.warmup_iters))
+    else:
+        progress = min(1.0, seconds / (60 * config.max_minutes))
     remaining = 1 - progress
     if config.lr_schedule == "cosine":
         remaining = 0.5 * (1 + math.cos(math.pi * progress))
@@ -170,13 +174,14 @@ class Optimizers:
             optimizer.load_state_dict({**state, "param_groups": groups})
 
 
-def build_optimizer(model, config: TrainConfig, rank=0, world_size=1):
+def build_optimizer(model, config: TrainConfig, fast_bfloat16=False, rank=0, world_size=1):
     """AdamW for everything, or Muon for the matrices inside the blocks and AdamW for the rest.
 
     Weight decay applies to matrices only, as in GPT-2 and nanoGPT. Muon's update is scaled to AdamW's size,
     so that both use one learning rate. The embeddings, of which a step reads a few rows, may have a higher
     one (`embedding_lr`; the tables of preceding tokens, which are summed with the token's, a share of it).
-    The weight decay of a step stays that of the rest. rank, world_size: see Muon.
+    The weight decay of a step stays that of the rest. fast_bfloat16: is bfloat16 faster than float32 on the
+    model's device? rank, world_size: see Muon.
 
     The first step of a process imports torch's compiler, which torch's optimizers ask for: 1.0 s of CPU time,
     as much as importing torch."""
@@ -204,6 +209,6 @@ def build_optimizer(model, config: TrainConfig, rank=0, world_size=1):
                               betas=(config.beta1, config.beta2), fused=device_type in ("cuda", "cpu"))
     if not hidden:
         return Optimizers([adamw])
-    muon = Muon(hidden, rank, world_size, in_bfloat16=has_fast_bfloat16(device_type),
+    muon = Muon(hidden, rank, world_size, in_bfloat16=fast_bfloat16,
                 lr=config.learning_rate, weight_decay=config.weight_decay)
     return Optimizers([adamw, muon])

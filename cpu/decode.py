@@ -18,8 +18,8 @@ from types import SimpleNamespace
 
 import torch
 
-from config import InputError
 from cpu import int8, native
+from script import InputError
 
 ACTIVATIONS = {"gelu": 0, "relu2": 1, "swiglu": 2}  # the enum of decode.c
 

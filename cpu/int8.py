@@ -6,7 +6,7 @@
 import torch
 import torch.nn as nn
 
-from config import InputError
+from script import InputError
 
 FEW = 8  # rows, up to which torch's int8 product is used
 

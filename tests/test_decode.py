@@ -6,11 +6,12 @@ import shutil
 import pytest
 import torch
 
-from config import InputError, ModelConfig
+from config import ModelConfig
 from cpu import decode, native
 from cpu.int8 import Int8Linear, quantize
 from generate import decoding_step, generate
 from model import GPT, KVCache
+from script import InputError
 
 NO_COMPILER = pytest.mark.skipif(not (shutil.which("cc") or shutil.which("gcc")), reason="no C compiler")
 OPTIONS = [

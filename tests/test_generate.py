@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from config import InputError
 from cpu.int8 import quantize
 from generate import (
     check_sampling,
@@ -17,6 +16,7 @@ from generate import (
     sample,
 )
 from model import KVCache
+from script import InputError
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0, -3.0]])
 PROMPT = torch.tensor([[4, 8, 15, 16, 23]])

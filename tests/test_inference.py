@@ -223,7 +223,7 @@ def test_an_empty_prompt_starts_from_bos(trained, capsys):
     (["--seed", str(2**64)], "seed is 18446744073709551616"),
     (["--device", "gpu"], 'device "gpu" is unknown'),
     (["--temprature", "1"], "did you mean \"--temperature\""),
-    (["-m", "checkpoint/gone.pt"], "gone.pt: no such file; there are "),
+    (["-m", "checkpoint/gone.pt"], "gone.pt: no such file; "),
 ])
 def test_a_mistake_is_one_line(trained, words, message):
     assert message in trained.refused(inference.main, "-m", SFT, "-p", "x", *words)

@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY
 
-from config import IGNORE, InputError, ModelConfig
+from config import IGNORE, ModelConfig
 from cpu import fused
 from device import set_sdp_kernel
 from generate import StaticKVCache, generate, new_cache
 from model import GPT, KVCache, apply_rope, documents_of, positions_in, rope_table
+from script import InputError
 
 # Every option of the model, alone, and all of them together.
 VARIANTS = {
