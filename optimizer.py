@@ -92,12 +92,12 @@ class Muon(torch.optim.Muon):
                 if self.world_size == 1:
                     self._apply(params, share, group)
                 else:
-                    gathered = share.new_empty(self.world_size * len(share), *share.shape[1:])
-                    work = torch.distributed.all_gather_into_tensor(gathered, share, async_op=True)
-                    pending.append((params, gathered, group, work))
-        for params, gathered, group, work in pending:
+                    shares = [torch.empty_like(share) for _ in range(self.world_size)]
+                    work = torch.distributed.all_gather(shares, share, async_op=True)
+                    pending.append((params, shares, group, work))
+        for params, shares, group, work in pending:
             work.wait()
-            self._apply(params, gathered, group)
+            self._apply(params, torch.cat(shares), group)
 
     def _batches(self, params):
         """Lists of the params whose updates are computed together."""
