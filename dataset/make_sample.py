@@ -1,29 +1,32 @@
-"""Write the sample data: a small world of true facts about amateur radio, told and asked in many wordings.
+"""Write the sample data: true facts about amateur radio, stated and asked about in many wordings.
 
-    python dataset/make_sample.py                     # into the folder that this script lies in
+    python dataset/make_sample.py                     # into the folder of this script
     python dataset/make_sample.py --out /tmp/sample --seed 7
 
-Three files come of it, the same bytes for the same seed:
+It writes three files, the same bytes for the same seed:
 
     sample_pretrain.txt    running text; every document is `<|bos|>text<|eos|>` and starts a new line
     sample_sft.jsonl       {"question": ..., "answer": ...}, or {"messages": [...]} for a conversation
     sample_heldout.jsonl   questions in wordings that occur in neither file above; their answers do occur
 
 To add a family of facts, append one `Family` to FAMILIES. Its texts are templates: `{field}` is a field of
-the fact, `[a|b]` is a choice that is made anew each time, and templates are parted by " / " or a new line.
+the fact, `[a|b]` is a choice that is made again each time, and " / " or a new line separates templates.
 
-Sources: ICAO Annex 10 (spelling alphabet), ITU-R M.1677 (Morse code), ITU-R M.1172 and the custom of
-amateurs (Q codes, abbreviations), the ITU Radio Regulations for region 3 as China applies them (bands), the
+Sources: ICAO Annex 10 (spelling alphabet), ITU-R M.1677 (Morse code), ITU-R M.1172 and amateur
+practice (Q codes, abbreviations), the ITU Radio Regulations for region 3 as China applies them (bands), the
 ITU call sign series (prefixes), the ARRL's wording of the RST system (signal reports).
 """
 
-import argparse
 import json
 import os
 import random
 import re
 import sys
 from dataclasses import dataclass
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # for config.py
+
+from config import InputError, Parser, atomic_write, run_script
 
 TEXT_BYTES = 1_700_000  # the length of the pretraining text, to within one document
 ENGLISH_SHARE = 0.12  # of the documents
@@ -526,23 +529,17 @@ def row(turns):
     return json.dumps(content, ensure_ascii=False) + "\n"
 
 
-def write_atomically(path, lines):
-    """Write the file whole or not at all: a reader never finds half of it."""
-    unfinished = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(unfinished, "w", encoding="utf-8", newline="\n") as file:
-            file.writelines(lines)
-        os.replace(unfinished, path)
-    finally:
-        if os.path.exists(unfinished):
-            os.remove(unfinished)
+def write_lines(path, lines):
+    """Write the file whole or not at all, with the same bytes on every system. Raises InputError."""
+    with atomic_write(path) as file:
+        file.writelines(line.encode() for line in lines)
 
 
 def write_sample(folder, seed=1337):
     """Write the three sample files into `folder`, which is made where it is missing.
 
     Returns their paths ("pretrain", "sft", "heldout") and counts: "documents", "bytes" of pretraining text,
-    "rows" and "conversations" (rows of several turns) of training, "held_out" questions. Raises OSError.
+    "rows" and "conversations" (rows of several turns) of training, "held_out" questions. Raises InputError.
     """
     rng = random.Random(seed)
     asked = [(ask, family.facts) for family in FAMILIES for ask in family.asks]
@@ -551,32 +548,30 @@ def write_sample(folder, seed=1337):
     held_out = [[pair] for ask, facts in asked for pair in held_out_pairs(rng, ask, facts)]
     rng.shuffle(rows)
     rng.shuffle(held_out)
-    os.makedirs(folder, exist_ok=True)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be made ({error.strerror})") from None
     paths = {name: os.path.join(folder, f"sample_{name}.{end}") for name, end in
              (("pretrain", "txt"), ("sft", "jsonl"), ("heldout", "jsonl"))}
-    write_atomically(paths["pretrain"], text)
-    write_atomically(paths["sft"], map(row, rows))
-    write_atomically(paths["heldout"], map(row, held_out))
+    write_lines(paths["pretrain"], text)
+    write_lines(paths["sft"], map(row, rows))
+    write_lines(paths["heldout"], map(row, held_out))
     return paths | {"documents": len(text), "bytes": os.path.getsize(paths["pretrain"]), "rows": len(rows),
                     "conversations": sum(len(turns) > 1 for turns in rows), "held_out": len(held_out)}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     here = os.path.dirname(os.path.abspath(__file__))
+    parser = Parser(__doc__)
     parser.add_argument("--out", default=here, metavar="DIR", help="folder to write into (default: its own)")
     parser.add_argument("--seed", type=int, default=1337, help="the same seed writes the same bytes")
-    arguments = parser.parse_args()
-    try:
-        made = write_sample(arguments.out, arguments.seed)
-    except OSError as error:
-        print(f"error: cannot write the sample: {error}", file=sys.stderr)
-        return 2
+    args = parser.parse_args()
+    made = write_sample(args.out, args.seed)
     print(f"{made['pretrain']}: {made['documents']:,} documents, {made['bytes'] / 1e6:.2f} MB")
     print(f"{made['sft']}: {made['rows']:,} rows, {made['conversations']:,} of them conversations")
     print(f"{made['heldout']}: {made['held_out']:,} questions in wordings that training never saw")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

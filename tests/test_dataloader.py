@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from config import IGNORE, InputError
-from dataloader import DataLoader, InstructionRows, TextBlocks, open_array, spread
+from dataloader import DataLoader, InstructionRows, TextBlocks, evenly_spaced, open_array
 
 BLOCK = 8
 
@@ -170,9 +170,9 @@ def test_batches_of_one_epoch_are_not_sorted_by_length(rows):
     assert widths != sorted(widths) and widths != sorted(widths)[::-1]
 
 
-def test_spread_is_even_and_without_repeats():
-    assert spread(100, 5).tolist() == [0, 25, 50, 74, 99]
-    assert spread(3, 10).tolist() == [0, 1, 2]
+def test_rows_for_validation_are_evenly_spaced_and_without_repeats():
+    assert evenly_spaced(100, 5).tolist() == [0, 25, 50, 74, 99]
+    assert evenly_spaced(3, 10).tolist() == [0, 1, 2]
 
 
 def test_a_batch_larger_than_the_data_is_named(text):
