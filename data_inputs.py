@@ -6,6 +6,7 @@ input is first written to a temporary folder as plain UTF-8.
 """
 
 import codecs
+import contextlib
 import glob
 import gzip
 import json
@@ -14,12 +15,19 @@ import re
 import sys
 import zipfile
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import BinaryIO
 
 from tqdm import tqdm
 
 from config import InputError
 from data_json import WANTED, form_of
+
+try:
+    import lzma
+except ImportError:  # some builds of Python lack it
+    lzma = None
 
 COPY_BLOCK = 1 << 20  # bytes
 HEAD = 1 << 20  # bytes that are read to recognise a kind
@@ -33,6 +41,7 @@ DOCUMENTS = 'JSON rows with the field "text"'
 ROWS = "JSON rows of questions and answers"
 OTHER_JSON = "JSON without texts or questions and answers"
 BINARY = "binary data"
+STANDARD_INPUT = "standard input"
 
 # The first bytes of formats that must be converted by other programs first.
 OTHER_FORMATS = {b"PAR1\x15": "Parquet", b"%PDF-": "PDF", b"7z\xbc\xaf": "7z", b"Rar!\x1a": "RAR",
@@ -43,6 +52,7 @@ BYTE_ORDER_MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff
 # it may fail on. GB2312, the common part of GB18030, fails on Big5; GB18030 itself decodes nearly everything.
 LIKELY_ENCODINGS = (("gb2312", "gb18030", 0.03), ("shift_jis", "shift_jis", 0), ("big5", "big5", 0.03),
                     ("euc_kr", "euc_kr", 0.03), ("gb18030", "gb18030", 0), ("cp1252", "cp1252", 0))
+DAMAGE = (zlib.error, EOFError, zipfile.BadZipFile, gzip.BadGzipFile, *([lzma.LZMAError] if lzma else []))
 # Control characters and half-width katakana: what decoding with a wrong table gives.
 ODD_CHARACTERS = re.compile("[\x80-\x9f\uff61-\uff9f]")
 
@@ -61,9 +71,9 @@ class Entry:
     """A file, or a member of an archive, before it is known what it holds."""
 
     name: str
-    open: object  # a function that opens it for reading, as bytes
-    path: str | None = None  # where it lies as it is; None for what must be unpacked
-    packing: str = ""  # ".gz", ".xz", ".zip" or "standard input", for the report
+    open: Callable[[], BinaryIO]
+    path: str | None = None  # None if it must be unpacked
+    packing: str = ""  # ".gz", ".xz" or ".zip"
 
 
 def progress(path, name, verb="reading"):
@@ -112,7 +122,8 @@ def entries_of(path, name, password):
     if magic.startswith(b"\x1f\x8b"):
         return [Entry(name, lambda: gzip.open(path), packing=".gz")]
     if magic.startswith(b"\xfd7zXZ\0"):
-        import lzma  # missing from some builds of Python
+        if lzma is None:
+            raise InputError(f"{name}: this Python cannot read .xz; unpack the file with xz -d first")
         return [Entry(name, lambda: lzma.open(path), packing=".xz")]
     if magic.startswith(b"PK\x03\x04"):
         return zip_entries(path, name, password)
@@ -147,44 +158,46 @@ def zip_opener(archive, member, password):
 # ---- From files to sources ----
 
 def open_inputs(words, wanted, folder, encoding=None, password=None):
-    """The sources that words on the command line name.
+    """The sources that words on the command line name; says in a line what was found for each.
 
     wanted: DOCUMENTS for text, ROWS for questions and answers, None for either.
     folder: an empty temporary folder to unpack into; it must stay while the sources are read.
-    Says in one line a word what was found. Raises InputError naming what cannot be used and what to do."""
+
+    Raises InputError for an input that cannot be used, saying what to do. In a folder or archive, such files
+    are skipped if others can be used."""
     sources = []
     for word in words:
-        if word == "-":
-            entries = entries_of(save_standard_input(folder), "standard input", password)
-            alone = True
-        else:
-            paths = find_files(word)
-            entries = [entry for path in paths for entry in entries_of(path, path, password)]
-            alone = len(paths) == 1 and paths[0] == word and not entries[0].packing == ".zip"
+        entries = find_entries(word, folder, password)
+        alone = len(entries) == 1 and entries[0].name in (word, STANDARD_INPUT)
         found = []
         skipped = []
         for entry in entries:
             head = read_head(entry)
             kind = recognise(head, wanted, encoding)
             reason = why_not(kind, wanted, head, alone)
-            if reason and alone:
-                raise InputError(f"{entry.name}: {reason}")
             if reason:
                 skipped.append(f"{entry.name}: {reason}")
                 continue
             path = entry.path
-            if path is None or encoding or word == "-":
+            if path is None or encoding:
                 path = os.path.join(folder, f"unpacked_{len(os.listdir(folder))}")
                 unpack(entry, path, encoding)
             found.append(Source(path, entry.name, ROWS if wanted == ROWS else kind))
         if not found:
-            raise InputError(f"{word}: holds no file that can be used here; {skipped[0]}")
+            raise InputError(skipped[0] if alone else f"{word}: no file in it can be used here; {skipped[0]}")
         if skipped:
-            more = f" (and {len(skipped) - 1:,} more files)" if len(skipped) > 1 else ""
+            more = f" (and {len(skipped) - 1:,} more)" if len(skipped) > 1 else ""
             print(f"note: skipped {skipped[0]}{more}")
         say_what_was_found(word, found, entries, encoding)
         sources += found
     return sources
+
+
+def find_entries(word, folder, password):
+    """Every Entry that a word on the command line names."""
+    if word == "-":
+        return entries_of(save_standard_input(folder), STANDARD_INPUT, password)
+    return [entry for path in find_files(word) for entry in entries_of(path, path, password)]
 
 
 def say_what_was_found(word, found, entries, encoding):
@@ -192,13 +205,15 @@ def say_what_was_found(word, found, entries, encoding):
     kinds = {}
     for source in found:
         kinds[source.kind] = kinds.get(source.kind, 0) + 1
-    name = "standard input" if word == "-" else word
-    number = "" if len(entries) == 1 else " in {:,} file{}"
-    what = [kind + number.format(n, "s" if n > 1 else "") for kind, n in kinds.items()]
-    packing = {entry.packing for entry in entries} - {""}
-    details = [f"unpacked from {' and '.join(sorted(packing))}"] if packing else []
-    details += [f"decoded from {encoding}"] if encoding else []
-    print(f"{name}: {', '.join([', '.join(what), *details])}")
+    facts = list(kinds)
+    if len(entries) > 1:
+        facts = [f"{kind} in {n:,} file{'s' if n > 1 else ''}" for kind, n in kinds.items()]
+    packings = sorted({entry.packing for entry in entries} - {""})
+    if packings:
+        facts.append(f"unpacked from {' and '.join(packings)}")
+    if encoding:
+        facts.append(f"decoded from {encoding}")
+    print(f"{STANDARD_INPUT if word == '-' else word}: {', '.join(facts)}")
 
 
 def why_not(kind, wanted, head, alone):
@@ -250,28 +265,19 @@ def unpack(entry, path, encoding):
             bar.update(len(block))
 
 
-class unpacking_errors:
-    """A context in which the errors of a damaged or encrypted archive become one InputError."""
-
-    def __init__(self, entry):
-        self.entry = entry
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, _):
-        # A full disk and the like is an OSError with a number, and is reported by the caller.
-        damaged = isinstance(error, (zlib.error, EOFError, zipfile.BadZipFile, gzip.BadGzipFile))
-        damaged = damaged or kind is not None and kind.__name__ == "LZMAError"
-        name = self.entry.name
-        if isinstance(error, RuntimeError) and "password" in str(error):
-            raise InputError(f"{name}: the --password is wrong") from None
-        if isinstance(error, NotImplementedError):
-            raise InputError(f"{name}: packed or encrypted in a way that Python cannot read ({error}); "
-                             "unpack it by hand first") from None
-        if damaged:
-            what = "damaged, or the --password is wrong" if self.entry.packing == ".zip" else "damaged"
-            raise InputError(f"{name}: {what} ({error})") from None
+@contextlib.contextmanager
+def unpacking_errors(entry):
+    """In this context the errors of a damaged or encrypted archive become one InputError."""
+    try:
+        yield
+    except NotImplementedError as error:
+        raise InputError(f"{entry.name}: packed or encrypted in a way that Python cannot read ({error}); "
+                         "unpack it by hand first") from None
+    except RuntimeError as error:  # the only class that zipfile has for a wrong password
+        raise InputError(f"{entry.name}: {error}; the --password is wrong") from None
+    except DAMAGE as error:
+        reason = "damaged, or the --password is wrong" if entry.packing == ".zip" else "damaged"
+        raise InputError(f"{entry.name}: {reason} ({error})") from None
 
 
 # ---- What a file holds ----

@@ -8,7 +8,7 @@ import numpy as np
 from config import InputError
 from data_inputs import HEAD, ROWS, not_utf8, open_inputs, progress
 from data_json import WANTED, form_of, read_rows, turns_of
-from data_split import Counts, side_of_text, validation_buckets, write_split
+from data_split import Counts, sides_of_texts, validation_buckets, write_split
 from tokenizer import encode_conversation
 
 ROWS_AT_ONCE = 1000
@@ -78,7 +78,7 @@ def split_rows(sources, tokenizer, args, fraction, counts):
             if row is None:
                 counts.dropped += 1
                 continue
-            side = side_of_text(turns[0][0], buckets)
+            [side] = sides_of_texts([turns[0][0]], buckets)
             rows[side].append(row)
             counts.sides[side].rows += 1
             counts.sides[side].turns += len(turns)

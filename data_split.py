@@ -81,9 +81,11 @@ def validation_buckets(fraction, seed):
     return (np.random.default_rng(seed).permutation(BUCKETS) < fraction * BUCKETS).tobytes()
 
 
-def side_of_text(text, buckets):
-    """0 (training) or 1 (validation). It depends on the text alone, so equal texts go to the same side."""
-    return buckets[crc32(text.strip().encode("utf-8", "surrogatepass")) % BUCKETS]
+def sides_of_texts(texts, buckets):
+    """0 (training) or 1 (validation) for each text, a list.
+
+    The side depends on the text alone, so equal texts go to the same side."""
+    return [buckets[crc32(text.strip().encode("utf-8", "surrogatepass")) % BUCKETS] for text in texts]
 
 
 class NpyWriter:

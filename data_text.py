@@ -7,7 +7,7 @@ import re
 from config import InputError
 from data_inputs import DOCUMENTS, not_utf8, progress
 from data_json import read_rows
-from data_split import Counts, side_of_text, validation_buckets, write_split, write_tail_split
+from data_split import Counts, sides_of_texts, validation_buckets, write_split, write_tail_split
 
 CHUNK_BYTES = 1 << 21  # read at once; small enough for the arrays made of it to stay in the cache
 LONGEST_DOCUMENT = 1 << 20  # characters; the parts of a longer one are treated as documents
@@ -180,7 +180,7 @@ def split_documents(sources, tokenizer, args, fraction, counts):
     """Yield (side, ids) of whole documents, whose content decides the side."""
     buckets = validation_buckets(fraction, args.seed)
     for documents, marked in read_documents(sources, args, counts):
-        sides = [side_of_text(document, buckets) for document in documents]
+        sides = sides_of_texts(documents, buckets)
         for side in range(2):
             chosen = [document for document, its in zip(documents, sides, strict=True) if its == side]
             if chosen:
@@ -233,7 +233,7 @@ def prepare_text(name, sources, tokenizer, args, paths):
     Returns (numbers for the report, Counts). Raises InputError if the text is too short for two blocks."""
     least = args.block_size + 1
     longest_span = 16 * args.block_size
-    beginning = look_at_beginning(sources, args, max(CHUNK_BYTES, longest_span * FEWEST_DOCUMENTS))
+    beginning = look_at_beginning(sources, args, longest_span * FEWEST_DOCUMENTS)
     if not beginning.characters:
         raise InputError(f"{name}: is empty; give a file with text in it")
     # Long spans, as a window across the edge of two of them is not running text; but enough of them.

@@ -106,7 +106,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Family:
-    """Facts of one kind, how they are told and how they are asked."""
+    """Facts of one kind, and the wordings that state them and ask for them."""
 
     title: str
     intro: str
@@ -119,14 +119,14 @@ class Family:
 
 
 def table(fields, text):
-    """Facts from `text`: entries are parted by commas, fields by spaces; the last field takes the rest."""
+    """Facts from `text`: commas separate entries, spaces separate fields; the last field is the rest."""
     names = fields.split()
     entries = [entry.split(maxsplit=len(names) - 1) for entry in re.split(r",\s+", text)]
     return [dict(zip(names, entry, strict=True)) for entry in entries]
 
 
 def forms(templates):
-    """The templates in a text, in which " / " or a new line stands between two."""
+    """The templates in a text, separated by " / " or new lines."""
     return [form.strip() for form in re.split(r" / |\n", templates) if form.strip()]
 
 
@@ -319,19 +319,19 @@ FAMILIES = [
 
 
 def deck(rng, items):
-    """Deal `items` in random order, for ever: each comes up equally often."""
+    """Yield `items` in random order, again and again: each occurs equally often."""
     while True:
         yield from rng.sample(items, len(items))
 
 
 def fill(rng, template, fact):
-    """The template with its choices made and the fact's fields put in."""
+    """The template with its choices made and its fields filled in from the fact."""
     chosen = re.sub(r"\[(.*?)\]", lambda choice: rng.choice(choice[1].split("|")), template)
     return chosen.format(**fact).strip()
 
 
 def decorate(rng, question, ask):
-    """The question as one or another person would put it: politely or not, with or without a mark."""
+    """The question as different people would ask it: politely or not, with or without a question mark."""
     order = question.startswith(ORDERS)
     openings, endings = POLITE, ["", "？"] if question.endswith("吗") else ["", "？", "呢", "呢？"]
     if not ask.polite:
@@ -352,7 +352,7 @@ def follow_up(rng, ask, fact):
 
 
 def normalise(text):
-    """`text` in lower case without polite words, spaces, particles and marks: what it asks at heart."""
+    """`text` in lower case without polite words, particles, spaces and marks: the core of a question."""
     marks = r"[，。？！：；、“”?!, ]|(?<=[a-z])\.$"
     bare = core = re.sub(marks, "", text.lower())
     for polite in sorted(POLITE + POLITE_ORDER + POLITE_EN, key=len, reverse=True):
@@ -364,7 +364,7 @@ def normalise(text):
 
 
 def sentences(rng, family, facts, english):
-    """A sentence on each fact. The canonical answers are among the wordings, since SFT will ask for them."""
+    """A sentence on each fact. The answers of the questions are among the wordings, as SFT asks for them."""
     tell = forms(family.tell_en if english else family.tell)
     tell += [ask.answer for ask in family.asks if ask.english == english and "{" in ask.answer]
     return [fill(rng, rng.choice(tell), fact) for fact in facts]
@@ -429,7 +429,7 @@ def spelling(rng, word):
 
 
 def contact(rng):
-    """A contact between two stations, as a log entry or as it sounded."""
+    """A contact between two stations, as a log entry or as spoken."""
     band, prefix, abbreviation = (rng.choice(facts) for facts in (BAND, PREFIX, ABBREVIATION))
     low, high = (round(float(edge) * 1000) for edge in band["range"].removesuffix(" MHz").split("-"))
     frequency = f"{rng.randint(low, high) / 1000:.7g} MHz"
@@ -451,7 +451,7 @@ def contact(rng):
 
 
 def document(rng):
-    """A document of one kind or another; the more can be asked about a family, the more is told of it."""
+    """A document of a random kind; families with more questions get more documents."""
     chance = rng.random()
     if chance < 0.05:
         return contact(rng)
@@ -466,7 +466,7 @@ def document(rng):
 
 
 def pretraining_lines(rng):
-    """Documents, wrapped and each on a new line, until there are TEXT_BYTES of them."""
+    """Lines of marked documents, TEXT_BYTES of them in total."""
     lines, size = [], 0
     while size < TEXT_BYTES:
         lines.append(f"<|bos|>{document(rng)}<|eos|>\n")
@@ -478,7 +478,7 @@ def pretraining_lines(rng):
 
 
 def training_pairs(rng, ask, facts):
-    """(question, answer), PAIRS of them for every fact; the templates take turns, the questions differ."""
+    """PAIRS different (question, answer) for every fact; the templates are used equally often."""
     pairs = {}
     for number, fact in enumerate(facts, 1):
         templates = deck(rng, ask.questions())
@@ -496,7 +496,8 @@ def held_out_pairs(rng, ask, facts):
 
 
 def training_rows(rng, ask, facts):
-    """Lists of (question, answer): every training pair of `ask`, some strung together and followed up."""
+    """Lists of (question, answer): every training pair of `ask`, some joined into conversations with
+    follow-up questions."""
     pairs = training_pairs(rng, ask, facts)
     longest = max(tokens([pair]) for pair in pairs)
     rng.shuffle(pairs)
@@ -514,7 +515,7 @@ def training_rows(rng, ask, facts):
 
 
 def tokens(turns):
-    """The length of a row in training: its characters and three marks a turn."""
+    """The length of a row in training: its characters and three special tokens a turn."""
     return sum(len(question) + len(answer) + 3 for question, answer in turns)
 
 
@@ -536,7 +537,7 @@ def write_lines(path, lines):
 
 
 def write_sample(folder, seed=1337):
-    """Write the three sample files into `folder`, which is made where it is missing.
+    """Write the three sample files into `folder`, which is created if it is missing.
 
     Returns their paths ("pretrain", "sft", "heldout") and counts: "documents", "bytes" of pretraining text,
     "rows" and "conversations" (rows of several turns) of training, "held_out" questions. Raises InputError.
