@@ -307,12 +307,9 @@ def likely_encoding(data):
 def not_utf8(path, at):
     """The end of an error line on a file that is not UTF-8 at the byte `at`: which encoding it may have."""
     with open(path, "rb") as file:
-        start = file.read(4)
         file.seek(max(0, at - LINE_BEFORE))
         near = file.read(ENCODING_SAMPLE)
-    if any(start.startswith(mark) for mark in BYTE_ORDER_MARKS):
-        near = start
-    elif at > LINE_BEFORE:
+    if at > LINE_BEFORE:
         near = near[near.find(b"\n") + 1:]  # from the beginning of a line on, not from within a character
     likely = likely_encoding(near)
     return f"not UTF-8 at byte {at}; its encoding is probably {likely}: add --encoding {likely}"

@@ -105,6 +105,16 @@ def test_spans_of_unmarked_text_cover_every_token_once(prepare, tmp_path):
     assert prepared.result["pretrain"][0]["split"].startswith("spans")
 
 
+def test_spans_do_not_depend_on_the_size_of_chunks(prepare, tmp_path, monkeypatch):
+    path = write_text(tmp_path / "a.txt", "".join(chr(0x4E00 + n) for n in range(5000)))
+    whole = prepare("--pretrain", path, out="whole")
+    monkeypatch.setattr(data_text, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(data_text, "LONGEST_DOCUMENT", 150)
+    parts = prepare("--pretrain", path, out="parts")
+    for side in ("train", "val"):
+        assert parts.text(f"pretrain_{side}") == whole.text(f"pretrain_{side}")
+
+
 def test_the_split_is_the_same_for_the_same_seed_and_another_for_another(prepare, tmp_path):
     documents = write_text(tmp_path / "a.txt", "".join(DOCUMENTS))
     unmarked = write_text(tmp_path / "b.txt", "".join(chr(0x4E00 + n) for n in range(5000)))
@@ -150,6 +160,7 @@ def test_special_token_at_a_chunk_edge_is_one_token(prepare, tmp_path, monkeypat
 @given(pieces=st.lists(st.sampled_from(["a", "中", "\n", "\n\n", " ", "\r", "<", "<|bos|>", "<|eos|>"])),
        chunk_bytes=st.integers(1, 40))
 @example(pieces=["a", "\n\n", " ", "\n", "a"], chunk_bytes=3)
+@example(pieces=["<|eos|>", *"aaaaaaa"], chunk_bytes=7)
 @settings(max_examples=60, deadline=None)
 def test_documents_do_not_depend_on_the_size_of_chunks(tmp_path_factory, how, pieces, chunk_bytes):
     text = "".join(pieces)

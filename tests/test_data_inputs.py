@@ -229,6 +229,18 @@ def test_an_encrypted_zip_of_text_and_rows_is_taken_apart(prepare, words):
         prepare(*words, "--password", "wrong")
 
 
+def test_a_zip_with_folders_and_other_files_is_read(prepare, tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name, content in (("books/", ""), ("books/a.txt", MARKED), ("__MACOSX/books/._a.txt", "hidden"),
+                              ("books/.DS_Store", "hidden"), ("books/cover.png", b"\x89PNG" + bytes(1000))):
+            archive.writestr(name, content)
+    prepared = prepare("--pretrain", tmp_path / "a.zip", block_size=16)
+    assert prepared.documents() == sorted(TEXTS)
+    assert f"note: skipped {tmp_path}/a.zip: books/cover.png: binary data, not text\n" in prepared.stdout
+    with pytest.raises(InputError, match="a.zip: no file in it can be used here; .*a.txt: plain text, not rows"):
+        prepare("--sft", tmp_path / "a.zip")
+
+
 @pytest.mark.parametrize("content, complaint", [
     (gzip.compress(MARKED.encode())[:200], "damaged"), (b"PK\x03\x04" + b"x" * 100, "damaged .zip"),
     (lzma.compress(MARKED.encode())[:200], "damaged"),
@@ -247,6 +259,8 @@ def test_each_file_of_a_folder_is_a_document_and_hidden_ones_are_none(prepare, t
     for n, text in enumerate(TEXTS):
         (books / ("more" if n % 2 else "") / f"{n}.txt").write_text(text + "\n")
     (books / ".hidden").write_text("hidden")
+    (books / ".git").mkdir()
+    (books / ".git" / "config").write_text("hidden")
     (books / "empty.txt").write_text("")
     prepared = prepare("--pretrain", books, block_size=16)
     assert prepared.documents() == sorted(text + "\n" for text in TEXTS)
