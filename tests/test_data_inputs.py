@@ -237,7 +237,7 @@ def test_a_zip_with_folders_and_other_files_is_read(prepare, tmp_path):
     prepared = prepare("--pretrain", tmp_path / "a.zip", block_size=16)
     assert prepared.documents() == sorted(TEXTS)
     assert f"note: skipped {tmp_path}/a.zip: books/cover.png: binary data, not text\n" in prepared.stdout
-    with pytest.raises(InputError, match="a.zip: no file in it can be used here; .*a.txt: plain text, not rows"):
+    with pytest.raises(InputError, match="a.zip: no file in it can be used here; .*a.txt: plain text"):
         prepare("--sft", tmp_path / "a.zip")
 
 
