@@ -15,7 +15,7 @@ import os
 
 import numpy as np
 
-from config import IGNORE, InputError, atomic_write, read_json
+from config import IGNORE, InputError, atomic_write, note, read_json
 
 # What numpy raises for a file with a damaged header.
 NOT_AN_ARRAY = (ValueError, EOFError, SyntaxError, TypeError, OverflowError)
@@ -79,12 +79,13 @@ def read_fingerprint(path):
 def check_vocabulary(path, tokenizer):
     """Check that the prepared file `path` was made with the vocabulary of `tokenizer`.
 
-    Returns "", or one line to print if the file has no fingerprint (an older data.py wrote none). Raises
-    InputError naming the file if the vocabulary is another one."""
+    Returns "", or one line to print if the file has no fingerprint. Raises InputError naming the file if the
+    vocabulary is another one."""
     content = read_fingerprint(path)
     if content is None:
-        return (f"{path}: has no fingerprint of its vocabulary (prepared by an older data.py), so whether it "
-                f"fits {tokenizer.name} is not checked")
+        # The same line for all files of a folder, so that it is printed once.
+        return (f"{os.path.dirname(path) or os.curdir}: files without a fingerprint (an older data.py wrote "
+                f"none), so it is not checked whether their vocabulary is that of {tokenizer.name}")
     if content["vocabulary"] != tokenizer.fingerprint:
         raise InputError(f"{path}: prepared with another vocabulary than {tokenizer.name}; run python "
                          "data.py again with all inputs together, or with --tokenizer FILE to keep one")
@@ -184,7 +185,7 @@ class DataLoader:
 
     task: "pretrain" reads text, "sft" instruction rows.
     tokenizer: if given, every file must have been prepared with its vocabulary, and its <|Padding|> ends the
-    rows; `note` is then one line to print about files whose vocabulary cannot be checked, or "".
+    rows; a line on standard error says if a file has no fingerprint to check.
     vocab_size: if given (a tokenizer implies it), a larger token id is refused.
 
     Raises InputError naming the file that does not fit."""
@@ -201,8 +202,10 @@ class DataLoader:
             self.sources = [InstructionRows(path, block_size, pad_id) for path in paths]
         else:
             self.sources = [TextBlocks(path, block_size) for path in paths]
-        notes = [check_vocabulary(path, tokenizer) for path in paths] if tokenizer else []
-        self.note = next(filter(None, notes), "")
+        for path in paths if tokenizer else []:
+            unchecked = check_vocabulary(path, tokenizer)
+            if unchecked:
+                note(unchecked)
         self.batches = [source.n_rows // batch_size for source in self.sources]  # in an epoch, by file
         self.position = 0  # micro-batches read so far, by all processes together
         self.orders = {}  # (epoch, file) → rows, for the epoch under way

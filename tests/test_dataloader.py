@@ -250,22 +250,24 @@ OTHERS = Tokenizer.build([map(chr, range(0x4E01, 0x4E01 + 300))])
 
 
 @pytest.mark.parametrize("task", ["pretrain", "sft"])
-def test_a_file_of_another_vocabulary_is_refused_by_name(text, rows, task):
+def test_a_file_of_another_vocabulary_is_refused_by_name(text, rows, capsys, task):
     paths = [text(name="a.npy"), text(name="b.npy")] if task == "pretrain" else [rows([4, 5])] * 2
     for path in paths:
         write_fingerprint(path, OURS)
-    assert loader(paths, task, tokenizer=OURS).note == ""
+    loader(paths, task, tokenizer=OURS)
+    assert capsys.readouterr().err == ""
     write_fingerprint(paths[1], OTHERS)
     with pytest.raises(InputError, match=rf"{paths[1]}: prepared with another vocabulary than {OURS.name}; "
                                          "run python data.py"):
         loader(paths, task, tokenizer=OURS)
 
 
-def test_a_file_without_a_fingerprint_works_and_one_line_says_so(text):
+def test_files_without_a_fingerprint_work_and_one_line_says_so(text, tmp_path, capsys):
     paths = [text(name="a.npy"), text(name="b.npy")]
-    data = loader(paths, tokenizer=OURS)
-    assert data.next_batch()[0].shape == (2, BLOCK)
-    assert data.note.startswith(f"{paths[0]}: has no fingerprint") and "\n" not in data.note
+    for path in paths:
+        assert loader(path, tokenizer=OURS).next_batch()[0].shape == (2, BLOCK)
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"note: {tmp_path}: files without a fingerprint")
 
 
 def test_a_fingerprint_follows_a_copied_file_and_not_one_put_in_its_place(text, tmp_path):
@@ -277,7 +279,7 @@ def test_a_fingerprint_follows_a_copied_file_and_not_one_put_in_its_place(text, 
     with pytest.raises(InputError, match="copied.npy: prepared with another vocabulary"):
         check_vocabulary(copied, OURS)
     np.save(copied, np.zeros(50, np.uint16))
-    assert "has no fingerprint" in check_vocabulary(copied, OURS)
+    assert "files without a fingerprint" in check_vocabulary(copied, OURS)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"vocabulary": 5, "pad_id": 0, "bytes": 7}'])
