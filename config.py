@@ -152,6 +152,7 @@ class ModelConfig:
     n_prev: int = option(0, "how many preceding tokens each input embeds too, each with a table of its own",
                          least=0)
     final_norm: Literal["rmsnorm", "layernorm"] = option("rmsnorm", "norm before lm_head")
+    n_hidden: int = option(0, "hidden width of the MLP; 0: 4 n_embd, or 8/3 n_embd for swiglu", least=0)
 
     def validate(self, where="model config"):
         """Check what single fields cannot show. Raises InputError naming the keys."""
