@@ -177,10 +177,11 @@ def closing_words(args, chat):
         route = "completions"
     if args.to == "hf":
         port = 8000
-        call = "[{'role': 'user', 'content': '你是谁'}]" if chat else "'无线电'"
+        text = '[{"role": "user", "content": "你是谁"}]' if chat else '"无线电"'
+        call = ("from transformers import pipeline; "
+                f'print(pipeline("text-generation", {json.dumps(args.output)})({text}, do_sample=False))')
         lines = [
-            f'transformers:  python -c "from transformers import pipeline; '
-            f"print(pipeline('text-generation', '{args.output}')({call}))\"",
+            f"transformers:  python -c {shlex.quote(call)}",
             f"vLLM:          vllm serve {out} --served-model-name nano",
             "llama.cpp and Ollama run what --to gguf writes",
         ]

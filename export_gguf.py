@@ -209,6 +209,10 @@ def check_file(model, tokenizer, path, chat):
     prompt. Returns the largest difference and the largest logit. Raises InputError if an id differs."""
     c = model.config
     difference = largest = 0.0
+
+    def as_ours(i):  # a token appended by `vocabulary` stands for an unknown character
+        return i if i < c.vocab_size else tokenizer.unknown_id
+
     with llama_server(path, c.block_size) as post:
         for turns, question in sample_conversations(tokenizer):
             ours = tokenizer.encode(question, allow_special=True).tolist()
@@ -217,14 +221,14 @@ def check_file(model, tokenizer, path, chat):
                 ours = encode_prompt(tokenizer, turns, question).tolist()
                 text = post("/apply-template", {"messages": as_messages(turns, question)})["prompt"]
             ids = post("/tokenize", {"content": text, "parse_special": True})["tokens"]
-            # The first token of an unknown character says which byte it begins with.
-            if [i if i < c.vocab_size else tokenizer.unknown_id for i in ids] != ours:
+            if [as_ours(i) for i in ids] != ours:
                 raise InputError(f"{question!r} has other token ids in the GGUF than here; nothing written")
-            prompt = ours[:c.block_size // 2]
-            reply = post("/completion", {"prompt": prompt, "n_predict": 16, "n_probs": 10, "temperature": 0,
-                                         "ignore_eos": True})
+            prompt = ours[: c.block_size // 2 or 1]
+            reply = post("/completion", {"prompt": prompt, "n_predict": min(16, c.block_size // 2 or 1),
+                                         "n_probs": 10, "temperature": 0, "ignore_eos": True})
             steps = reply["completion_probabilities"]
-            idx = torch.tensor([prompt + [min(step["id"], c.vocab_size - 1) for step in steps[:-1]]])
+            tokens = [as_ours(step["id"]) for step in steps[:-1]]
+            idx = torch.tensor([prompt + tokens])
             logits = model(idx)[0][0, len(prompt) - 1 :]
             largest = max(largest, float(logits.abs().max()))
             for row, step in zip(logits, steps, strict=True):

@@ -46,7 +46,7 @@ def write_folder(model, tokenizer, architecture, folder, dtype, chat):
         f.write(save(weights, metadata={"format": "pt"}))
     files = {
         "config.json": config_of(model, tokenizer, architecture, dtype),
-        "generation_config.json": {**special_ids(tokenizer), "do_sample": False},
+        "generation_config.json": generation_config_of(model, tokenizer),
         "tokenizer.json": tokenizer_of(tokenizer),
         "tokenizer_config.json": tokenizer_config_of(model, tokenizer, chat),
     }
@@ -75,6 +75,11 @@ def state_dict(model, architecture):
 def special_ids(tokenizer):
     return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id,
             "pad_token_id": tokenizer.pad_id}
+
+
+def generation_config_of(model, tokenizer):
+    """A small model answers best with its likeliest tokens; after max_length its positions are untrained."""
+    return {**special_ids(tokenizer), "do_sample": False, "max_length": model.config.block_size}
 
 
 def config_of(model, tokenizer, architecture, dtype):
