@@ -4,7 +4,7 @@
     python checkpoint.py checkpoint/ds checkpoint/ckpt_ds.pt       a DeepSpeed checkpoint as one such file
     python checkpoint.py checkpoint/sft_best.pt tokenizer.json     its vocabulary, for data.py --tokenizer
 
-A file is written beside its final name, synced and renamed, so that a reader finds the old one or the new
+A file is written under a temporary name, synced and renamed, so that a reader finds the old one or the new
 one and never a half. It is read with weights_only=True, after its checksums have been compared.
 """
 
@@ -17,7 +17,8 @@ import tempfile
 import time
 import zipfile
 
-from config import ROOT, InputError, ModelConfig, Parser, before_imports, from_dict, run_script
+from config import ModelConfig, Parser, find, from_dict, what_there_is
+from script import InputError, before_imports, replacing, run_script
 
 
 def command_line():
@@ -43,38 +44,28 @@ KINDS = {"model": dict, "step": int, "task": str, "model_config": dict, "train_c
          "tokenizer_config": dict, "best_val_loss": float}
 
 
-def find(path):
-    """`path` as given, or else as seen from the repo root, where configs look."""
-    return path if os.path.exists(path) else os.path.join(ROOT, path)
-
-
 def save(path, checkpoint):
     """Write `checkpoint` to `path`, whole or not at all. Raises InputError, and leaves the old file, if the
     disk is full or the folder cannot be written."""
     assert set(checkpoint) == set(KEYS), set(checkpoint) ^ set(KEYS)
-    temporary = f"{path}.{os.getpid()}.tmp"
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(temporary, "wb") as f:
+        with replacing(path) as temporary, open(temporary, "wb") as f:
             torch.save(checkpoint, f)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(temporary, path)
-        sync_folder(path)
-    except (OSError, RuntimeError) as error:
-        while error.__context__ and not isinstance(error, OSError):
-            error = error.__context__  # torch raises a RuntimeError of its own after a failed write
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    except (InputError, OSError, RuntimeError) as error:
+        reason = error
+        while reason.__context__ and not isinstance(reason, OSError):
+            reason = reason.__context__  # torch raises a RuntimeError of its own after a failed write
+        reason = getattr(reason, "strerror", None) or str(error).splitlines()[0]
         raise InputError(f"{path}: could not be saved ({reason}); earlier checkpoints are whole") from None
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
 
 
 def prepare_folder(folder):
-    """Make the folder of the checkpoints, clear what a killed run left half-written, try to write.
+    """Create the folder of the checkpoints, remove what a killed run left half-written, and try to write.
 
-    Raises InputError, before a step of training is spent, if nothing can be saved there."""
+    Raises InputError if nothing can be saved there, before any step of training is spent."""
     try:
         os.makedirs(folder, exist_ok=True)
         for path in glob.glob(os.path.join(glob.escape(folder), "*.pt.*.tmp")):
@@ -86,34 +77,17 @@ def prepare_folder(folder):
         raise InputError(f"{folder}: checkpoints cannot be saved there ({error.strerror})") from None
 
 
-def sync_folder(path):
-    """Make a rename in the folder of `path` last through a power cut."""
-    if os.name == "posix":
-        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
 def alias(path, name):
     """Let the fixed `name`, in the same folder, stand for the file `path`, in one step."""
     target = os.path.join(os.path.dirname(path), name)
-    temporary = f"{target}.{os.getpid()}.tmp"
     try:
-        with contextlib.suppress(OSError):  # of a killed run: were it a link, a copy would go into its file
-            os.remove(temporary)
-        try:
-            os.link(path, temporary)  # a second name for the same bytes: costs no space
-        except OSError:  # a file system without hard links
-            shutil.copyfile(path, temporary)
-        os.replace(temporary, target)
-        sync_folder(target)
-    except OSError as error:
-        raise InputError(f"{target}: could not be saved ({error.strerror}); {path} is whole") from None
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
+        with replacing(target) as temporary:
+            try:
+                os.link(path, temporary)  # a second name for the same bytes: costs no space
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, temporary)
+    except InputError as error:
+        raise InputError(f"{error}; {path} is whole") from None
 
 
 def load(path):
@@ -125,12 +99,12 @@ def load(path):
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch itself does not compare the checksums
             for entry in archive.infolist():
-                if entry.external_attr & 0x10:  # torch takes it for a folder and leaves its bytes to chance
+                if entry.external_attr & 0x10:  # torch would take it for a folder and read stray memory
                     damaged = entry.filename
             if damaged:
                 raise InputError(f"{path}: damaged (in {damaged}); take an earlier checkpoint")
         with torch.serialization.safe_globals(stand_ins()):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name == "posix")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file{what_there_is()}") from None
     except OSError as error:
@@ -151,23 +125,15 @@ def load(path):
     return checkpoint
 
 
-def what_there_is():
-    names = sorted(os.path.basename(p) for p in glob.glob(os.path.join(ROOT, "checkpoint", "*.pt")))
-    return f"; there are {', '.join(names[:8])}" if names else "; train a model first (python train.py)"
-
-
-def latest(task, folder, say=print):
-    """Path and content of the newest valid checkpoint of `task`; says which ones it passed over."""
-    paths = glob.glob(os.path.join(glob.escape(folder), "*.pt"))
-    for path in sorted(paths, key=lambda p: (os.path.getmtime(p), p), reverse=True):
-        try:
-            checkpoint = load(path)
-        except InputError as error:
-            say(f"passed over: {error}")
-            continue
-        if checkpoint["task"] == task:
-            return path, checkpoint
-    raise InputError(f'from_checkpoint "latest": no valid {task} checkpoint in {folder}')
+def peek(path):
+    """Task, "<date>_<time>" of its run (None in older files), and step of a checkpoint, without reading its
+    tensors. Raises InputError for a file that is damaged or no checkpoint."""
+    try:
+        with torch.serialization.safe_globals(stand_ins()):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return checkpoint["task"], (checkpoint["dataloader"] or {}).get("stamp"), checkpoint["step"]
+    except Exception as error:  # whatever a damaged or hostile file makes the reader raise
+        raise InputError(f"{path}: not a checkpoint that can be loaded ({type(error).__name__})") from None
 
 
 class ModelStandIn:
@@ -243,9 +209,9 @@ def from_llama_names(old, values, path):
 
 @contextlib.contextmanager
 def deepspeed_weights_only():
-    """In this context DeepSpeed too reads its files with weights_only=True, though it asks for the contrary.
+    """In this context DeepSpeed reads its files with weights_only=True, although it asks for the opposite.
 
-    Beside tensors and plain values they hold only objects of the four classes named here."""
+    Besides tensors and plain values they hold objects of the four classes named here only."""
     try:
         with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed's log would mix with answers and tables
             from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -254,7 +220,7 @@ def deepspeed_weights_only():
     except ImportError:
         raise InputError("a DeepSpeed checkpoint needs DeepSpeed: pip install deepspeed") from None
     before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # goes over torch.load's argument
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # overrides torch.load's argument
     try:
         with torch.serialization.safe_globals(
                 [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
@@ -273,7 +239,8 @@ def find_deepspeed(path):
         with open(os.path.join(path, "latest"), encoding="utf-8") as f:
             folder = os.path.join(path, f.read().strip())
     except OSError:
-        raise InputError(f"{path}: no DeepSpeed checkpoint, for the file `latest` is missing") from None
+        raise InputError(f"{path}: not a DeepSpeed checkpoint (the file `latest` is missing)"
+                         f"{what_there_is()}") from None
     if not glob.glob(os.path.join(glob.escape(folder), "*_model_states.pt")):
         raise InputError(f"{path}: `latest` names {os.path.basename(folder)}, which holds no checkpoint")
     return folder
@@ -328,7 +295,7 @@ def zero_to_fp32(folder):
 
 
 def build_model(checkpoint, path="checkpoint", dropout=None):
-    """The GPT (in evaluation mode) and the Tokenizer of a checkpoint. `dropout` goes over the stored one."""
+    """The GPT (in evaluation mode) and the Tokenizer of a checkpoint. `dropout` overrides the stored one."""
     values = dict(checkpoint["model_config"])
     if dropout is not None:
         values["dropout"] = dropout

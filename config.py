@@ -1,16 +1,15 @@
 """Settings of the model and of training: fields, defaults, JSON files, command line, validation.
 
-A value is looked for on the command line (`--learning_rate 1e-3`), then in the JSON file
-(`config_pretrain.json`), then among the defaults below. A key that nobody knows, a value of the wrong
-type and a combination that cannot work stop the program with one line that names the key.
+A value comes from the command line (`--learning_rate 1e-3`), else from the JSON file
+(`config_pretrain.json`), else from the defaults below. An unknown key, a value of the wrong type and a
+combination that cannot work stop the program with one line that names the key.
 
-This file imports no torch, so that `--help` and mistakes answer at once.
+This file imports no torch, so that `--help` and mistakes are answered at once.
 """
 
 import argparse
-import contextlib
 import difflib
-import gc
+import glob
 import json
 import math
 import os
@@ -18,109 +17,19 @@ import sys
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Literal, get_args, get_origin, get_type_hints
 
+from script import (  # noqa: F401
+    InputError,
+    atomic_write,
+    before_imports,
+    guarded_output,
+    note,
+    print_json,
+    run_script,
+    sync_folder,
+)
+
 IGNORE = -1  # a target that carries no loss
 ROOT = os.path.dirname(os.path.abspath(__file__))
-
-# Before torch loads OpenMP: let idle threads sleep soon instead of spinning. Beside one other busy process,
-# spinning halves the speed of training on a CPU; alone, training does not need it (docs/benchmarks.md).
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-
-
-class InputError(Exception):
-    """Something that the user gave is wrong. Its text is one line: what, where, and what to do."""
-
-    def __str__(self):
-        return " ".join(super().__str__().splitlines())  # a name in it may hold line breaks
-
-
-def prepare_streams():
-    """Make standard input, output and error usable: a closed one is replaced by the null device, and
-    characters that the output's encoding lacks are written as backslash escapes instead of failing."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # its descriptor was closed; the next file opened takes its number
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-
-
-def before_imports(parse):
-    """What a script does before it imports torch, which takes seconds: call `parse()`, so that --help and
-    mistakes in flags and files answer at once.
-
-    From here to `run_script` the garbage collector is off: importing creates half a million objects that
-    stay, and scanning them again and again takes a fifth of the time of the imports."""
-    prepare_streams()
-    try:
-        parse()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    gc.disable()
-
-
-def run_script(main):
-    """Call `main()` as a script does: an `InputError` becomes one line on stderr and exit status 2."""
-    prepare_streams()
-    if not gc.isenabled():
-        gc.freeze()  # what was imported stays, so later collections skip it
-        gc.enable()
-    try:
-        status = main()
-        sys.stdout.flush()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 2
-    except KeyboardInterrupt:
-        status = 130
-    except BrokenPipeError:  # the reader of our output (`| head`) has closed it: nothing is left to say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 1
-    sys.exit(status)
-
-
-@contextlib.contextmanager
-def atomic_write(path, mode="wb"):
-    """Open a file for writing that appears at `path` whole or not at all: a temporary file in the same
-    folder, synced to disk and then renamed. mode: "wb" or "w" (UTF-8).
-
-    If anything fails the old file stays as it was and the temporary file is removed. An OSError becomes an
-    InputError that names `path`."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        try:
-            with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            sync_folder(path)
-        finally:
-            with contextlib.suppress(OSError):
-                os.remove(temporary)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
-
-
-def sync_folder(path):
-    """Make a rename in the folder of `path` survive a power failure."""
-    if os.name == "posix":
-        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def print_json(result):
-    """Print a dict as one JSON line, the last of a script's output; non-finite numbers become null."""
-    def finite(value):
-        if isinstance(value, dict):
-            return {str(key): finite(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [finite(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-    print(json.dumps(finite(result), allow_nan=False))
 
 
 def option(default, help, **limits):
@@ -144,12 +53,12 @@ class ModelConfig:
     bias: bool = option(False, "add a bias to the linear layers?")
     use_rope: bool = option(True, "rotary positions (RoPE)? otherwise learned ones")
     norm_eps: float = option(1e-5, "epsilon of the RMSNorm", above=0.0)
-    is_causal: bool = option(True, "causal attention? otherwise every token sees all")
+    is_causal: bool = option(True, "causal attention? otherwise every token sees all others")
     n_kv_head: int = option(0, "key/value heads (GQA); 0: as many as n_head", least=0)
     activation: Literal["gelu", "relu2", "swiglu"] = option("gelu", "MLP activation")
     qk_norm: bool = option(False, "normalise queries and keys (RMSNorm) before attention?")
     rope_theta: float = option(10000.0, "base of the RoPE frequencies", above=0.0)
-    n_prev: int = option(0, "how many preceding tokens each input embeds too, each with a table of its own",
+    n_prev: int = option(0, "number of preceding tokens that each input embeds too, each with its own table",
                          least=0)
     final_norm: Literal["rmsnorm", "layernorm"] = option("rmsnorm", "norm before lm_head")
     n_hidden: int = option(0, "hidden width of the MLP; 0: 4 n_embd, or 8/3 n_embd for swiglu", least=0)
@@ -172,24 +81,25 @@ class ModelConfig:
 class TrainConfig:
     """How to train; `config_pretrain.json`, `config_sft.json`."""
 
-    dropout: float = option(0.0, "dropout probability; goes over the model's", least=0.0, below=1.0)
+    dropout: float = option(0.0, "dropout probability; overrides the model's", least=0.0, below=1.0)
     learning_rate: float = option(6e-4, "peak learning rate", above=0.0)
     weight_decay: float = option(1e-1, "decoupled weight decay of the matrices", least=0.0)
     beta1: float = option(0.9, "first moment decay of AdamW", least=0.0, below=1.0)
     beta2: float = option(0.99, "second moment decay of AdamW", least=0.0, below=1.0)
     decay_lr: bool = option(True, "warm up and decay the learning rate?")
     warmup_iters: int = option(300, "steps of linear warm-up", least=0)
-    lr_decay_iters: int = option(100000, "step at which min_lr is reached; 0: max_steps", least=0)
+    lr_decay_iters: int = option(100000, "step at which min_lr is reached; 0: max_steps or max_minutes",
+                                least=0)
     min_lr: float = option(6e-5, "final learning rate", least=0.0)
     batch_size: int = option(100, "rows in a micro-batch", least=1)
     random_seed: int = option(1337, "seed of initialisation, data order and dropout", least=0,
                              below=2**63)
-    dataset_path: list[list[str]] = option([], "[[train, val], …] prepared files, walked in this order")
+    dataset_path: list[list[str]] = option([], "[[train, val], …] prepared files, read in this order")
     eval_interval: int = option(100, "steps between validations", least=1)
     log_interval: int = option(1, "steps between log lines", least=1)
     eval_iters: int = option(5, "batches in a validation", least=1)
-    backend: str = option("nccl", "torch.distributed backend (gloo is taken where there is no CUDA)")
-    timeout_minutes: float = option(10.0, "end the run if a process does not answer for so long", above=0.0)
+    backend: str = option("nccl", "torch.distributed backend (falls back to gloo without CUDA)")
+    timeout_minutes: float = option(10.0, "end the run if a process does not answer for this long", above=0.0)
     device: str = option("cuda", "auto, cuda, cuda:N, mps or cpu")
     sdp_kernel: Literal["flash", "mem_efficient", "math"] = option("flash", "attention kernel")
     dtype: Literal["bfloat16", "float16", "float32"] = option("bfloat16", "compute type of matrix products")
@@ -203,9 +113,9 @@ class TrainConfig:
     max_steps: int = option(0, "stop after this many steps; 0: no limit", least=0)
     max_minutes: float = option(0.0, "stop (and save) after this many minutes; 0: no limit", least=0.0)
     save_interval: int = option(1000, "steps between unconditional checkpoints", least=1)
-    compile: bool = option(False, "torch.compile the model?")
-    document_mask: bool = option(False, "let no token see another document of its window?")
-    skip_nonfinite: int = option(0, "steps with a non-finite gradient to pass over before stopping", least=0)
+    compile: Literal["auto", "true", "false"] = option("auto", "torch.compile the model; auto: on CUDA")
+    document_mask: bool = option(False, "hide the other documents of a window from each token?")
+    skip_nonfinite: int = option(0, "steps with a non-finite gradient to skip before stopping", least=0)
 
     def validate(self, where="train config"):
         """Check what single fields cannot show. Raises InputError naming the keys."""
@@ -213,10 +123,10 @@ class TrainConfig:
         if self.decay_lr and self.min_lr > self.learning_rate:
             raise InputError(f"{where}: min_lr {self.min_lr:g} is above learning_rate {self.learning_rate:g}")
         decay_until = self.lr_decay_iters or self.max_steps
-        if self.decay_lr and not decay_until:
-            raise InputError(f"{where}: lr_decay_iters 0 means max_steps, but max_steps is not set; "
-                             "set one of them")
-        if self.decay_lr and decay_until <= self.warmup_iters:
+        if self.decay_lr and not decay_until and not self.max_minutes:
+            raise InputError(f"{where}: lr_decay_iters 0 means max_steps or max_minutes, but neither is set; "
+                             "set one of the three")
+        if self.decay_lr and 0 < decay_until <= self.warmup_iters:
             raise InputError(f"{where}: warmup_iters {self.warmup_iters} must be below the step at which the "
                              f"decay ends ({decay_until}: lr_decay_iters, or max_steps where that is 0)")
         if not all(len(pair) == 2 for pair in self.dataset_path):
@@ -224,8 +134,19 @@ class TrainConfig:
         return self
 
 
+def shorten_warmup(config, given):
+    """Let a warm-up that would outlast the decay take a tenth of it, and say so.
+
+    given: the fields that were set on the command line. There a warm-up means what it says."""
+    decay_until = config.lr_decay_iters or config.max_steps
+    if config.decay_lr and 0 < decay_until <= config.warmup_iters and "warmup_iters" not in given:
+        note(f"warmup_iters {decay_until // 10} instead of {config.warmup_iters}, since the decay ends at "
+             f"step {decay_until}")
+        config.warmup_iters = decay_until // 10
+
+
 def check_limits(config, where):
-    """Hold every number against the limits in its field's metadata."""
+    """Compare every number with the limits in its field's metadata."""
     for f in fields(config):
         value, limit = getattr(config, f.name), f.metadata
         for word, wrong in (("above", lambda a, b: not a > b), ("least", lambda a, b: not a >= b),
@@ -262,9 +183,12 @@ def read_json(path):
 
 
 def cast(name, value, kind, where):
-    """`value` as a field of type `kind`; int passes for float, nothing else is bent."""
+    """`value` as a field of type `kind`. int is accepted for float; no other conversion is done, except that
+    a bool stands for the text of a choice that has it ("true", "false")."""
     if get_origin(kind) is Literal:
         choices = get_args(kind)
+        if isinstance(value, bool) and str(value).lower() in choices:
+            return str(value).lower()
         if value not in choices:
             hint = nearest(value, choices) if isinstance(value, str) else ""
             raise InputError(f"{where}: {name} is {value!r}, but must be one of {', '.join(choices)}{hint}")
@@ -298,20 +222,37 @@ def parse_bool(text):
         return True
     if text.lower() in ("false", "0", "no"):
         return False
-    raise ValueError(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def parse_switch(text):
+    """The value of a choice that has "true" and "false" among others."""
+    try:
+        return str(parse_bool(text)).lower()
+    except argparse.ArgumentTypeError:
+        return text
+
+
+def parse_pairs(text):
+    """The value of --dataset_path, JSON such as [["train.npy", "val.npy"]]."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f'{text} is not JSON; write [["train.npy", "val.npy"]], in PowerShell \\" for each "') from None
 
 
 def parse_value(kind):
     """The function that turns a command-line word into a field of type `kind`."""
     if get_origin(kind) is list:
-        return json.loads
+        return parse_pairs
     if get_origin(kind) is Literal:
-        return str
+        return parse_switch if "true" in get_args(kind) else str
     return parse_bool if kind is bool else kind
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with our manners: a mistake is one line, an unknown flag is answered with the nearest."""
+    """argparse, except that a mistake is one line and an unknown flag is answered with the nearest one."""
 
     def __init__(self, doc, **kwargs):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -326,9 +267,9 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
     def add_config(self, cls, skip=(), defaults=None):
-        """A `--field value` flag for every field of a config class that no earlier flag has taken.
+        """Add a `--field value` flag for every field of a config class, except where that flag exists.
 
-        defaults: a dict of those that differ from the class's, for the help."""
+        skip: names to leave out. defaults: a dict of those that differ from the class's, for the help."""
         group = self.add_argument_group(cls.__doc__.splitlines()[0])
         for name, kind in get_type_hints(cls).items():
             if name in skip or f"--{name}" in self._option_string_actions:
@@ -338,6 +279,8 @@ class Parser(argparse.ArgumentParser):
             default = (defaults or {}).get(name, default)
             choices = get_args(kind) if get_origin(kind) is Literal else None
             extra = {"nargs": "?", "const": True} if kind is bool else {}
+            if choices and "true" in choices:
+                extra = {"nargs": "?", "const": "true"}
             group.add_argument(f"--{name}", type=parse_value(kind), choices=choices,
                                default=argparse.SUPPRESS,
                                metavar=None if choices else getattr(kind, "__name__", "json").upper(),
@@ -350,30 +293,67 @@ class Parser(argparse.ArgumentParser):
 
 
 def load_config(cls, path, overrides=None):
-    """A validated `cls` from a JSON file (None: defaults), with `overrides` over it.
+    """A validated `cls` from a JSON file (None: defaults), with the dict `overrides` over it.
 
     Raises InputError naming the file and the key."""
     values = read_json(path) if path else {}
     where = path or cls.__name__
     from_dict(cls, values, where)
     config = from_dict(cls, {**values, **(overrides or {})}, "command line")
+    if cls is TrainConfig:
+        shorten_warmup(config, overrides or {})
     return config.validate(f"{where} with the command line" if overrides else where)
 
 
-def command_line(doc, add_flags=None):
-    """Parse the flags of a training script, one process or several.
+def find(path, root=ROOT):
+    """`path` as given, or else relative to the repo root, where the configs look."""
+    return path if os.path.exists(path) else os.path.join(root, path)
 
-    add_flags: called with the Parser, for flags that one script alone has."""
+
+def check_files(config, train_config, root):
+    """Raise InputError for data or a checkpoint that does not exist, before torch is imported."""
+    if not config.dataset_path:
+        raise InputError(f'{train_config}: dataset_path is not set; give [["train.npy", "val.npy"]]')
+    for path in (path for pair in config.dataset_path for path in pair):
+        if os.path.exists(os.path.join(root, path)):
+            continue
+        parts = [path.replace("pretrain_", f"pretrain_{i}_") for i in range(100)]
+        parts = [part for part in parts if os.path.exists(os.path.join(root, part))]
+        if "pretrain_train" in path and parts:
+            pairs = [[part, part.replace("_train.npy", "_val.npy")] for part in parts]
+            raise InputError(f"{path}: no such file, but data.py wrote {len(parts)} texts; train on them "
+                             f"with --dataset_path '{json.dumps(pairs)}'")
+        raise InputError(f"{path}: no such file; run python data.py first")
+    path = config.from_checkpoint
+    if path and path != "latest" and not os.path.exists(find(path, root)):
+        raise InputError(f"from_checkpoint {path}: no such file{what_there_is()}")
+
+
+def what_there_is():
+    """The end of a message about a missing checkpoint: which ones there are."""
+    found = glob.glob(os.path.join(glob.escape(ROOT), "checkpoint", "*.pt"))
+    names = sorted(map(os.path.basename, found))
+    return f"; there are {', '.join(names[:8])}" if names else "; train a model first (python train.py)"
+
+
+def command_line(doc, add_flags=None, argv=None, root=ROOT):
+    """Parse the flags of a training script: args.task, args.train, args.model, args.model_flags, ….
+
+    add_flags: called with the Parser, for flags that only one script has. argv: instead of the process's own.
+    root: the folder with the JSON files, dataset/ and checkpoint/. Raises InputError."""
     cli = Parser(doc)
     cli.add_argument("-t", "--task", choices=("pretrain", "sft"), default="pretrain")
-    cli.add_argument("--model_config", default=os.path.join(ROOT, "model_config.json"), metavar="FILE")
+    cli.add_argument("--model_config", default=os.path.join(root, "model_config.json"), metavar="FILE")
     cli.add_argument("--train_config", metavar="FILE", help="default: config_<task>.json")
+    cli.add_argument("--tensorboard", metavar="DIR", help="write the curves there too, for TensorBoard")
     if add_flags:
         add_flags(cli)
     cli.add_config(TrainConfig).add_config(ModelConfig)
-    args = cli.parse_args()
-    args.train_config = args.train_config or os.path.join(ROOT, f"config_{args.task}.json")
+    args = cli.parse_args(argv)
+    args.root = root
+    args.train_config = args.train_config or os.path.join(root, f"config_{args.task}.json")
     args.train = load_config(TrainConfig, args.train_config, cli.overrides(args, TrainConfig))
     args.model_flags = cli.overrides(args, ModelConfig)
     args.model = load_config(ModelConfig, args.model_config, args.model_flags)
+    check_files(args.train, args.train_config, root)
     return args

@@ -1,16 +1,18 @@
 """The machine: which device, which number type, which attention kernel.
 
-Only config is imported. What a machine lacks is replaced by what it has, with one printed line.
+What a machine lacks is replaced by what it has, with one printed line. Finding out and setting up are
+separate: `pick_device` and `pick_dtype` change nothing, `setup_device` and `set_sdp_kernel` do.
 """
 
 import contextlib
 import ctypes
 import importlib.util
+import shutil
 import time
 
 import torch
 
-from config import InputError
+from script import InputError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -18,7 +20,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 def pick_device(name, local_rank=0):
     """The torch.device called `name`; "auto" is CUDA, then MPS, then the CPU.
 
-    "cuda" alone means the process's own card, `cuda:local_rank`. Raises InputError where it is missing."""
+    "cuda" alone means the process's own card, `cuda:local_rank`. Raises InputError where it is missing, and
+    for a card that is too old for this build of torch."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -32,30 +35,59 @@ def pick_device(name, local_rank=0):
         if index >= torch.cuda.device_count():
             raise InputError(f'device "{name}": there are only {torch.cuda.device_count()} CUDA devices')
         device = torch.device("cuda", index)
-        torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        check_capability(device, torch.cuda.get_device_capability(device), torch.cuda.get_arch_list())
     elif device.type == "mps" and not torch.backends.mps.is_available():
         raise InputError(f'device "{name}": this machine has no MPS; use --device auto')
     elif device.type not in ("cpu", "mps"):
         raise InputError(f'device "{name}" is not supported; use auto, cuda, cuda:N, mps or cpu')
-    if device.type == "cpu":
-        keep_freed_memory()
     return device
+
+
+def check_capability(device, capability, architectures):
+    """Raise InputError where this torch has no code for a card.
+
+    capability: (major, minor) of the card. architectures: what torch was built for, such as ["sm_75",
+    "compute_90"]; code for sm_75 runs on 7.5 and later 7.x, compute_90 on 9.0 and everything later."""
+    def runs(name):
+        kind, _, digits = name.partition("_")
+        digits = digits.rstrip("af")  # sm_90a and the like
+        built_for = (int(digits[:-1]), int(digits[-1]))
+        if kind == "compute":
+            return capability >= built_for
+        return capability[0] == built_for[0] and capability[1] >= built_for[1]
+
+    if architectures and not any(map(runs, architectures)):
+        lowest = min(name.partition("_")[2] for name in architectures)
+        raise InputError(
+            f"{device} has compute capability {capability[0]}.{capability[1]}, but this torch was built for "
+            f"{lowest[:-1]}.{lowest[-1]} and above; install a build for the card (https://pytorch.org, for "
+            "capability below 7.5 the CUDA 12.6 build), or use --device cpu")
+
+
+def setup_device(device):
+    """Make `device` this process's own and set the global switches that training and generation want there:
+    TF32 for float32 products on CUDA; on a CPU, an allocator that keeps freed memory."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    elif device.type == "cpu":
+        keep_freed_memory()
 
 
 def keep_freed_memory():
     """Tell glibc to keep the memory that tensors free, for the next ones; elsewhere do nothing.
 
-    By default it gives large blocks back to the system, which clears the pages of the next ones: 5 to 25 % of
-    a step, the more the larger the tensors, for at most a third less memory (docs/benchmarks.md)."""
+    By default it returns large blocks to the system, which clears the pages of the next ones: 5 to 25 % of a
+    step, the more the larger the tensors, for at most a third less memory (docs/log.md)."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # no glibc
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
-        mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own, which would go with it
+        mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own, to be unmapped when it is freed
 
 
 def matmul_flops(device, dtype, size=1024, repeats=5):
-    """FLOP/s of a `size`² matrix product: the best of some repeats, after one that only warms up."""
+    """FLOP/s of a `size`² matrix product: the best of some repeats, after a warm-up."""
     a = torch.randn(size, size, device=device).to(dtype)
     times = []
     for _ in range(1 + repeats):
@@ -65,45 +97,48 @@ def matmul_flops(device, dtype, size=1024, repeats=5):
     return 2 * size**3 / min(times[1:])
 
 
-FAST_BFLOAT16 = {}  # answers of has_fast_bfloat16; the processes of one run take those of the first
-
-
-def has_fast_bfloat16(device_type):
-    """Is bfloat16 faster than float32 there? Measured on a CPU: those without it are 100 times slower."""
-    if device_type not in FAST_BFLOAT16:
-        FAST_BFLOAT16[device_type] = find_fast_bfloat16(device_type)
-    return FAST_BFLOAT16[device_type]
-
-
-def find_fast_bfloat16(device_type):
-    if device_type == "cuda":
+def has_fast_bfloat16(device):
+    """Is bfloat16 faster than float32 on this device? Measured on a CPU, where it can be 100 times slower."""
+    if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device_type == "mps":
+    if device.type == "mps":
         return False
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # on a busy machine several threads wait for one another, and times tell nothing
+    torch.set_num_threads(1)  # on a busy machine several threads wait for each other, and times say nothing
     try:
         return matmul_flops("cpu", torch.bfloat16, 192) > matmul_flops("cpu", torch.float32, 192)
     finally:
         torch.set_num_threads(threads)
 
 
-def pick_dtype(name, device, say=print):
-    """The torch.dtype for autocast on `device`; float32 (and one line) where `name` does not pay there."""
+def pick_dtype(name, device, fast_bfloat16, say=print):
+    """The torch.dtype for autocast on `device`; another, and one line, where that does not pay.
+
+    Without bfloat16, cards from Volta on (capability 7.0) get float16, all others float32."""
     dtype = DTYPES[name]
-    if dtype is torch.bfloat16 and not has_fast_bfloat16(device.type):
-        say(f"dtype: no fast bfloat16 on this {device.type}, so float32 is used")
-        return torch.float32
+    if dtype is torch.bfloat16 and not fast_bfloat16:
+        is_volta = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+        dtype = torch.float16 if is_volta else torch.float32
+        say(f"dtype: no fast bfloat16 on this {device.type}, so {str(dtype).removeprefix('torch.')} is used")
     if dtype is torch.float16 and device.type != "cuda":
         say(f"dtype: float16 training needs CUDA, so float32 is used on this {device.type}")
-        return torch.float32
+        dtype = torch.float32
     return dtype
+
+
+def has_triton():
+    return importlib.util.find_spec("triton") is not None
+
+
+def can_compile(device):
+    """Does torch.compile work and pay there? It needs CUDA from Volta on, Triton and a C compiler."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0) and has_triton() \
+        and any(map(shutil.which, ("cc", "gcc", "clang")))
 
 
 def has_flex_attention(device):
     """Can FlexAttention be compiled for this torch.device? It takes CUDA from the A100 on, and Triton."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) \
-        and importlib.util.find_spec("triton") is not None
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) and has_triton()
 
 
 def set_sdp_kernel(name):
@@ -121,6 +156,8 @@ def rng_state(device):
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
     return state
 
 
@@ -129,3 +166,5 @@ def set_rng_state(state, device):
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
+    elif device.type == "mps" and "mps" in state:
+        torch.mps.set_rng_state(state["mps"])

@@ -1,5 +1,6 @@
-"""The training log: one line a step, fields parted by " | ". This file both writes and parses it.
+"""The training log: one line a step, fields separated by " | ". This file both writes and parses it.
 
+    Task: pretrain | Date: 2026-11-26 17:00:00
     Epoch: 0.12 | Step: 10 | Loss: 2.345 | LR: 0.0006 | 85.1 ms/step | 48129 tokens/s | 101.2 GFLOP/s | …
     Step: 100 | Val_loss: 2.1 | Best_val_loss: 2.1 | …
 """
@@ -8,29 +9,39 @@ import contextlib
 import os
 import time
 
-from config import InputError
+from script import InputError, note
 
 
-def train_line(epoch, step, loss, lr, seconds, tokens_per_second, flops_per_second, tokens, elapsed):
-    """A training line. seconds: of one step; tokens: read so far; elapsed: seconds since the start."""
+def first_line(task):
+    return f"Task: {task} | Date: {time.strftime('%Y-%m-%d %H:%M:%S')}"
+
+
+def train_line(epoch, step, loss, lr, seconds, tokens_per_second, flops_per_second, tokens, elapsed, norm):
+    """A training line.
+
+    loss: mean over the steps since the last line. seconds: of one step. tokens: read so far. elapsed: seconds
+    since the start. norm: of the last step's gradient, before it was clipped."""
     return (f"Epoch: {epoch:.3f} | Step: {step} | Loss: {loss:.6f} | LR: {lr:.4e}"
             f" | {seconds * 1e3:.1f} ms/step | {tokens_per_second:.0f} tokens/s"
-            f" | {flops_per_second / 1e9:.1f} GFLOP/s | Tokens: {tokens} | Time: {elapsed:.1f} s")
+            f" | {flops_per_second / 1e9:.1f} GFLOP/s | Tokens: {tokens} | Time: {elapsed:.1f} s"
+            f" | Norm: {norm:.4g}")
 
 
 def val_line(step, val_loss, best_val_loss, tokens, elapsed):
+    """A validation line; tokens and elapsed as in `train_line`."""
     return (f"Step: {step} | Val_loss: {val_loss:.6f} | Best_val_loss: {best_val_loss:.6f}"
             f" | Tokens: {tokens} | Time: {elapsed:.1f} s")
 
 
 class Log:
-    """A new file `train_<date>_<time>.log` in `folder`; each line is handed to the system at once.
+    """A new file `train_<date>_<time>.log` in `folder`; each line reaches the system at once.
 
-    `stamp` is "<date>_<time>", which no other run in the folder has. Not `enabled`: nothing is written."""
+    `stamp` is "<date>_<time>", which no other run in the folder has. A log that can no longer be written (a
+    full disk) is given up with one line, and training goes on. Raises InputError if it cannot be created."""
 
-    def __init__(self, folder, enabled=True):
-        self.enabled, self.stamp, self.name, self.file = enabled, None, None, None
-        while enabled and self.file is None:
+    def __init__(self, folder):
+        self.file = None
+        while self.file is None:
             self.stamp = time.strftime("%Y%m%d_%H%M%S")
             self.name = f"train_{self.stamp}.log"
             try:
@@ -41,23 +52,23 @@ class Log:
                 raise InputError(f"{folder}: cannot write the training log ({error.strerror})") from None
 
     def write(self, line):
-        if self.enabled:
-            try:
-                self.file.write(line + "\n")
-            except OSError as error:
-                raise InputError(f"{self.name}: cannot be written ({error.strerror})") from None
+        if self.file is None:
+            return
+        try:
+            self.file.write(line + "\n")
+        except OSError as error:
+            note(f"{self.name}: cannot be written ({error.strerror}); training goes on without a log")
+            self.close()
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        if self.enabled:
-            with contextlib.suppress(OSError):  # what could not be written has been said
+    def close(self):
+        if self.file is not None:
+            with contextlib.suppress(OSError):  # what could not be written has been reported
                 self.file.close()
+            self.file = None
 
 
 def parse_line(line):
-    """The fields of one line as a dict of numbers, keys lower case; None for any other line."""
+    """The fields of one line as a dict of numbers, keys in lower case; None for any other line."""
     fields = {}
     for part in line.rstrip("\n").split(" | "):
         name, colon, value = part.partition(": ")
@@ -71,8 +82,9 @@ def parse_line(line):
 
 
 def parse_log(path):
-    """Read a log: two lists of dicts, training lines and validation lines. Other lines are passed over."""
-    train, val = [], []
+    """Read a log: two lists of dicts, training lines and validation lines. Other lines are skipped."""
+    train = []
+    val = []
     with open(path, encoding="utf-8", errors="replace") as f:
         for line in f:
             fields = parse_line(line)

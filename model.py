@@ -303,3 +303,9 @@ class GPT(nn.Module):
         if self.config.is_causal:
             mask = mask.tril()
         return mask, positions_in(documents)
+
+
+def batch_loss(model, x, y, document_mask=False, bos_id=None, eos_id=None):
+    """Mean loss of a batch x, y (B, T) on the model's device, a scalar tensor."""
+    documents = documents_of(x, bos_id, eos_id) if document_mask else None
+    return model(x, y, documents=documents)[1]

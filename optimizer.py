@@ -5,17 +5,19 @@ import math
 import torch
 
 from config import TrainConfig
-from device import has_fast_bfloat16
 
 
-def learning_rate(step, config: TrainConfig):
+def learning_rate(step, config: TrainConfig, seconds=0.0):
     """Learning rate of a step (the first is 0): linear warm-up, then cosine or linear decay to min_lr."""
     if not config.decay_lr:
         return config.learning_rate
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / (config.warmup_iters + 1)  # never 0, not even at first
     end = config.lr_decay_iters or config.max_steps
-    progress = min(1.0, (step - config.warmup_iters) / (end - config.warmup_iters))
+    if end:
+        progress = min(1.0, (step - config.warmup_iters) / (end - config.warmup_iters))
+    else:  # the decay follows the clock
+        progress = min(1.0, seconds / (60 * config.max_minutes))
     left = 0.5 * (1 + math.cos(math.pi * progress)) if config.lr_schedule == "cosine" else 1 - progress
     return config.min_lr + left * (config.learning_rate - config.min_lr)
 
@@ -112,7 +114,7 @@ class Optimizers:
             optimizer.load_state_dict(state)
 
 
-def build_optimizer(model, config: TrainConfig):
+def build_optimizer(model, config: TrainConfig, fast_bfloat16=False, rank=0, world_size=1):
     """AdamW for everything, or Muon for the matrices inside the blocks and AdamW for the rest.
 
     Weight decay goes to matrices alone, as in GPT-2 and nanoGPT. Muon's update is scaled to AdamW's size
@@ -137,7 +139,7 @@ def build_optimizer(model, config: TrainConfig):
     optimizers = [AdamW([group for group in groups if group["params"]], lr=config.learning_rate,
                         betas=(config.beta1, config.beta2), fused=fused)]
     if muon:
-        kind = Muon if has_fast_bfloat16(muon[0].device.type) else Float32Muon
+        kind = Muon if fast_bfloat16 else Float32Muon
         optimizers.append(kind(muon, lr=config.learning_rate, weight_decay=config.weight_decay,
                                adjust_lr_fn="match_rms_adamw"))
     return Optimizers(optimizers)

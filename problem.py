@@ -28,17 +28,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from config import (
-    IGNORE,
-    InputError,
-    ModelConfig,
-    Parser,
-    TrainConfig,
-    before_imports,
-    load_config,
-    parse_value,
-    run_script,
-)
+from config import IGNORE, ROOT, ModelConfig, Parser, TrainConfig, load_config, parse_value
+from script import InputError, before_imports, guarded_output, run_script
 
 
 @dataclass
@@ -229,6 +220,7 @@ def command_line():
     train_flags = cli.overrides(args, TrainConfig)
     args.train = load_config(TrainConfig, None, {**train_defaults, **train_flags})
     args.model_flags = cli.overrides(args, ModelConfig)
+    args.root = ROOT
     return args
 
 
@@ -241,9 +233,10 @@ from tqdm import tqdm
 import checkpoint as ckpt
 from device import pick_device
 from generate import complete, generate_all_at_once
-from model import GPT
+from run import build_run
+from strategy import SingleProcess
 from tokenizer import Tokenizer
-from train import SingleProcess, fit, starting_point
+from train import fit
 
 
 def side_of(text):
@@ -404,29 +397,28 @@ def open_checkpoint(args):
 
 def train(args):
     """Train as the flags say. Returns model, tokenizer, settings and what fit() returns."""
-    task, config, strategy = TASKS[args.task], args.train, SingleProcess()
+    task = TASKS[args.task]
+    config = args.train
+    strategy = SingleProcess()
     strategy.setup(config)
-    start, resume = starting_point(args, strategy)
-    settings = {name: default for name, (default, _) in task.settings.items()}
-    settings |= (start["dataloader"]["settings"] if resume else {}) | args.settings
     tokenizer = Tokenizer.build([task.vocabulary, "="])
-    torch.manual_seed(config.random_seed)
-    if start:
-        model, own_tokenizer = ckpt.build_model(start, config.from_checkpoint, dropout=config.dropout)
-        if own_tokenizer.to_dict() != tokenizer.to_dict():
-            raise InputError(f"{config.from_checkpoint}: has another vocabulary than {args.task}")
-    else:
-        shape = {"block_size": task.block_size(settings), "vocab_size": tokenizer.vocab_size, **task.model}
-        model = GPT(load_config(ModelConfig, None, {**shape, **args.model_flags}))
-    model.to(strategy.device)
-    c = model.config
-    loader, val_loader = (ProblemLoader(task, settings, tokenizer, c.is_causal, config.batch_size,
-                                        config.random_seed, side) for side in ("training", "validation"))
+    settings = {name: default for name, (default, _) in task.settings.items()}
+
+    def make_loaders(model_config, start):
+        settings.update((start["dataloader"]["settings"] if start else {}) | args.settings)
+        return [ProblemLoader(task, settings, tokenizer, model_config.is_causal, config.batch_size,
+                              config.random_seed, side) for side in ("training", "validation")]
+
+    shape = {"block_size": task.block_size({**settings, **args.settings}), **task.model, **args.model_flags}
+    setup = build_run(config, strategy, args.task, tokenizer, load_config(ModelConfig, None, shape),
+                      make_loaders, args.root, args.model_flags)
+    c = setup.model.config
     strategy.say(f"{args.task}, " + ", ".join(f"{name} {value}" for name, value in settings.items()) +
-                 f": {model.n_params() / 1e6:.2f} M parameters ({c.n_layer} layers, {c.n_embd} wide, "
+                 f": {setup.model.n_params() / 1e6:.2f} M parameters ({c.n_layer} layers, {c.n_embd} wide, "
                  f"{'causal' if c.is_causal else 'full'} attention) on {strategy.device}")
-    result = fit(model, tokenizer, loader, val_loader, config, strategy, args.task, start if resume else None)
-    return model.eval(), tokenizer, settings, result
+    with guarded_output():
+        result = fit(setup.model, tokenizer, setup.loader, setup.val_loader, config, strategy, setup.run)
+    return setup.model.eval(), tokenizer, settings, result
 
 
 def main():

@@ -7,8 +7,8 @@
         --rdzv_endpoint FIRST_MACHINE:29500 train_ddp.py      on each of two machines
 
 Flags, settings, checkpoints and log are those of train.py; gradient_accumulation_steps and the order of the
-data are for all processes together. Every machine reads dataset/ and the checkpoint to start from, and the
-first process alone writes.
+data are for all processes together. Every machine reads dataset/ and the checkpoint to start from; only the
+first process writes.
 """
 
 import contextlib
@@ -20,7 +20,8 @@ import traceback
 import warnings
 from datetime import timedelta
 
-from config import InputError, before_imports, command_line, run_script
+from config import command_line
+from script import InputError, before_imports, run_script
 
 if __name__ == "__main__":
     before_imports(lambda: command_line(__doc__))
@@ -29,23 +30,24 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-import checkpoint as ckpt
 import device
 import train
+from strategy import SingleProcess
 
 
-class DataParallel(train.SingleProcess):
+class DataParallel(SingleProcess):
     """Every process holds the whole model; gradients are averaged over them (Li et al. 2020)."""
+
+    launch_command = "python -m torch.distributed.run --nproc_per_node 2 train_ddp.py"
 
     def __init__(self):
         try:
-            self.rank, self.local_rank, self.world_size = (
-                int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+            self.rank = int(os.environ["RANK"])
+            self.local_rank = int(os.environ["LOCAL_RANK"])
+            self.world_size = int(os.environ["WORLD_SIZE"])
         except KeyError:
             raise InputError(f"start it with: {self.launch_command}") from None
         self.is_main = self.rank == 0
-
-    launch_command = "python -m torch.distributed.run --nproc_per_node 2 train_ddp.py"
 
     def setup(self, config):
         own = device.pick_device(config.device, self.local_rank)
@@ -56,19 +58,24 @@ class DataParallel(train.SingleProcess):
             raise InputError(f'backend "{backend}" is not in this torch; use nccl (CUDA) or gloo')
         if backend != config.backend:
             self.say(f"backend: {config.backend} needs CUDA, so gloo is used on this {own.type}")
-        self.init_process_group(backend, timedelta(minutes=config.timeout_minutes))
-        self.reduce_on = own if backend == "nccl" else torch.device("cpu")
-        answer = [device.has_fast_bfloat16(own.type)]
-        dist.broadcast_object_list(answer, device=self.reduce_on)  # measured: processes could differ
-        device.FAST_BFLOAT16[own.type] = answer[0]
+        self.own_card = own if own.type == "cuda" else None
+        timeout = timedelta(minutes=config.timeout_minutes)
+        self.init_process_group(backend, timeout)
+        # Counts and stop flags travel between the CPUs, so that they do not wait for the cards.
+        self.control = dist.new_group(backend="gloo", timeout=timeout) if backend == "nccl" else None
         super().setup(config)
 
     def init_process_group(self, backend, timeout):
-        dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group(backend, timeout=timeout, device_id=self.own_card)
+
+    def same_on_all_ranks(self, value):
+        values = [value]
+        dist.broadcast_object_list(values, group=self.control)
+        return values[0]
 
     def wrap(self, model, optimizer):
         cards = [self.device.index] if self.device.type == "cuda" else None
-        # forward_sync_buffers, the new name that torch 2.13 asks for, is unknown to torch 2.12.
+        # torch 2.13 asks for forward_sync_buffers, a name that torch 2.12 does not know.
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
         self.ddp = DistributedDataParallel(super().wrap(model, optimizer), cards, broadcast_buffers=False,
                                            gradient_as_bucket_view=True)
@@ -77,42 +84,40 @@ class DataParallel(train.SingleProcess):
     def micro_step(self, last):
         return contextlib.nullcontext() if last else self.ddp.no_sync()
 
+    def read(self, loss, norm):
+        values = torch.stack([loss.detach().float(), norm.float() / self.world_size])
+        dist.all_reduce(values)
+        return values.tolist()
+
     def sum_over_ranks(self, *values):
-        totals = torch.tensor(values, dtype=torch.float64, device=self.reduce_on)
-        dist.all_reduce(totals)
+        totals = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(totals, group=self.control)
         return [type(value)(total) for value, total in zip(values, totals.tolist(), strict=True)]
 
     def rng_of_all(self):
         """The random states of all processes, in order; every process must call it."""
         rng = [None] * self.world_size
-        dist.all_gather_object(rng, device.rng_state(self.device))
+        dist.all_gather_object(rng, device.rng_state(self.device), group=self.control)
         return rng
 
     def state(self):
         return {**super().state(), "rng": self.rng_of_all()}
-
-    def save(self, path, checkpoint, fixed_name=None):
-        state = self.state()
-        if self.is_main:
-            ckpt.save(path, {**checkpoint, **state})
-            if fixed_name:
-                ckpt.alias(path, fixed_name)
 
     def close(self):
         """Leave the process group together. What holds its gradients must be gone first: gloo's threads
         abort at exit in a share of runs otherwise."""
         self.model = self.ddp = self.optimizer = self.scaler = None
         gc.collect()
-        dist.barrier()
+        dist.barrier(group=self.control)
         dist.destroy_process_group()
 
 
 def run_rank(main):
-    """config.run_script, for a process among several: what all have to say is said once, and they leave
-    without Python's clean-up, in which gloo's threads abort in a share of runs."""
+    """script.run_script for one process of several: an error that all of them meet is reported once, and they
+    leave without Python's clean-up, in which gloo's threads abort in a share of runs."""
     status = 1
     try:
-        run_script(lambda: told_apart(main))
+        run_script(lambda: report_once(main))
     except SystemExit as end:
         status = end.code
     except BaseException:
@@ -122,7 +127,7 @@ def run_rank(main):
     os._exit(status or 0)
 
 
-def told_apart(main):
+def report_once(main):
     """Call `main`; a process that fails only because another did says so in a line and has status 1."""
     rank = int(os.environ.get("RANK", 0))
     try:

@@ -6,10 +6,12 @@
 
 deepspeed_config.json sets the ZeRO stage and offloading; batch sizes, learning rate, clipping and precision
 come from config_pretrain.json or config_sft.json and the flags of train.py. Checkpoints go to checkpoint/ds/,
-a folder a checkpoint, written by all processes (on several machines: to a file system that they share).
+one folder each, written by all processes (on several machines: to a file system that they share).
 """
 
 import contextlib
+import glob
+import importlib.util
 import logging
 import math
 import os
@@ -22,7 +24,8 @@ import warnings
 from dataclasses import replace
 
 import config
-from config import ROOT, InputError, before_imports, read_json
+from config import ROOT, find, read_json
+from script import InputError, atomic_write, before_imports, replacing, sync_folder
 
 LAUNCH = "deepspeed {}train_deepspeed.py --deepspeed --deepspeed_config deepspeed_config.json"
 
@@ -32,18 +35,21 @@ def add_flags(cli):
     group.add_argument("--deepspeed", action="store_true", help="customary; DeepSpeed is always used")
     group.add_argument("--deepspeed_config", default=os.path.join(ROOT, "deepspeed_config.json"),
                        metavar="FILE", help="ZeRO stage and offloading")
-    group.add_argument("--hostfile", metavar="FILE", help="belongs before the script; here only checked")
+    group.add_argument("--hostfile", metavar="FILE", help="goes before the script; here it is only checked")
     group.add_argument("--local_rank", type=int, help="from the launcher")
 
 
 def command_line():
     args = config.command_line(__doc__, add_flags)
+    if importlib.util.find_spec("deepspeed") is None:
+        raise InputError("DeepSpeed is not installed: pip install deepspeed, or use train_ddp.py")
     if "RANK" not in os.environ:
         raise InputError(f"start it with: {LAUNCH.format('')}")
-    listed, came_up = count_slots(args.hostfile), int(os.environ["WORLD_SIZE"])
-    if came_up < listed:
-        raise InputError(f"{args.hostfile} lists {listed} processes, but {came_up} came up, since --hostfile "
-                         f"is for the launcher: {LAUNCH.format(f'--hostfile={args.hostfile} ')}")
+    listed = count_slots(args.hostfile)
+    started = int(os.environ["WORLD_SIZE"])
+    if started < listed:
+        raise InputError(f"{args.hostfile} lists {listed} processes, but {started} were started, since "
+                         f"--hostfile is for the launcher: {LAUNCH.format(f'--hostfile={args.hostfile} ')}")
     args.zero = read_json(args.deepspeed_config)
     if args.train.from_checkpoint == "latest":
         args.train.from_checkpoint = "checkpoint/ds"
@@ -72,9 +78,8 @@ import checkpoint as ckpt
 import device
 import train
 from optimizer import build_optimizer, set_lr
+from run import DATED_NAME
 from train_ddp import DataParallel, run_rank
-
-FOLDER = os.path.join(train.CHECKPOINTS, "ds")
 
 
 class Zero(DataParallel):
@@ -95,26 +100,31 @@ class Zero(DataParallel):
         import deepspeed  # here, where the kind of device is known
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        # Spares a C++ build at the first start on a CPU: of a shared-memory all-reduce, for inference.
+        # Avoids a C++ build at the first start on a CPU: of a shared-memory all-reduce for inference.
         deepspeed.ops.__compatible_ops__ = {}
+        super().init_process_group(backend, timeout)  # DeepSpeed's own does not pass device_id on
         deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
         self.deepspeed = deepspeed
 
     def setup(self, config):
-        if config.skip_nonfinite or config.compile:
-            name = "compile" if config.compile else "skip_nonfinite"
+        if config.skip_nonfinite or config.compile == "true":
+            name = "skip_nonfinite" if config.skip_nonfinite else "compile"
             raise InputError(f"{name}: not under DeepSpeed, which takes the step itself; use train_ddp.py")
         super().setup(config)
+        self.compiles = False
+        self.fold = 1  # the engine counts micro-batches
         threading.Thread(target=leave_with_launcher, daemon=True).start()
 
     def wrap(self, model, optimizer):
         if self.config.optimizer == "muon":
             self.say("optimizer: muon needs whole matrices, which ZeRO splits, so adamw is used")
-        groups = build_optimizer(model, replace(self.config, optimizer="adamw")).optimizers[0].param_groups
+        groups = build_optimizer(model, replace(self.config, optimizer="adamw"))
+        groups = groups.optimizers[0].param_groups
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         n_params = model.n_params()
-        self.model, self.engine = model, self.deepspeed.initialize(
-            model=model, optimizer=self.build_adamw(groups), config=self.engine_config())[0]
+        self.model = model
+        self.engine = self.deepspeed.initialize(model=model, optimizer=self.build_adamw(groups),
+                                                config=self.engine_config())[0]
         for name, buffer in model.named_buffers():
             buffer.data = buffers[name]  # RoPE's angles stay in float32 where the weights are in bfloat16
         self.nonfinite = torch.zeros((), dtype=torch.bool, device=self.device)
@@ -123,6 +133,9 @@ class Zero(DataParallel):
                 p.register_hook(self.note_nonfinite)
         model.n_params = lambda: n_params  # stage 3 leaves each process with empty parameters
         return self.engine
+
+    def validated(self, trained):
+        return self.engine  # which collects the weights that stage 3 splits
 
     def build_adamw(self, groups):
         """AdamW for whole parameters; DeepSpeed's for the CPU where deepspeed_config.json offloads to it."""
@@ -159,6 +172,11 @@ class Zero(DataParallel):
                 raise InputError(f"{self.where}: {key} is {value}, but {ours[key][1]} in the training "
                                  f"settings makes it {ours[key][0]}; leave it out there")
             merged[key] = given
+        # Small gradients vanish when they are summed in bfloat16.
+        merged.setdefault("data_types", {"grad_accum_dtype": "fp32"})
+        zero = merged.get("zero_optimization", {})
+        if zero.get("stage", 0) and self.device.type == "cuda":
+            merged["zero_optimization"] = {"overlap_comm": True, **zero}
         return merged
 
     def autocast(self):
@@ -169,17 +187,21 @@ class Zero(DataParallel):
         return contextlib.nullcontext()
 
     def note_nonfinite(self, grad):
-        """Called with every gradient before the engine reduces it, which itself may step with a NaN."""
+        """Called with every gradient before the engine reduces it, and may itself step with a NaN."""
         self.nonfinite |= ~torch.isfinite(grad).all()
 
     def backward(self, loss):
         self.engine.backward(loss, scale_wrt_gas=False)  # the loop has divided it already
 
-    def step(self, lr):
+    def clip_gradients(self):
+        """The engine clips in its step. Returns 0, or NaN if a gradient of this process is not finite."""
+        return torch.where(self.nonfinite, math.nan, 0.0)
+
+    def take_step(self, lr, norm):
         """Returns the gradient norm; NaN, and no step taken, if a gradient on any rank is not finite. Under
         float16 an overflow is 0, as in SingleProcess."""
-        if self.sum_over_ranks(bool(self.nonfinite))[0]:
-            return math.nan
+        if math.isnan(norm):
+            return norm
         set_lr(self.engine.optimizer.param_groups, lr)
         norm = None
         if self.stage == 0 and self.dtype is torch.float32:  # DeepSpeed then keeps no norm
@@ -189,22 +211,24 @@ class Zero(DataParallel):
             return 0.0
         return float(self.engine.get_global_grad_norm() if norm is None else norm)
 
-    def save(self, path, checkpoint, fixed_name=None):
+    def save(self, run, kind, content):
         """Write the folder checkpoint/ds/<task>_<date>_<time>_step_<n>, whole or not at all; then let the
-        file `latest`, and the link `fixed_name`, mean it."""
-        name = [re.sub(r"_(best|last|step_\d+)\.pt$", "", os.path.basename(path))]
-        dist.broadcast_object_list(name, device=self.reduce_on)  # the first process alone has the date
-        tag = f"{name[0]}_step_{checkpoint['step']}"
-        state = {"nano": {**checkpoint, "rng": self.rng_of_all()}, "zero_stage": self.stage}
-        temporary = os.path.join(FOLDER, tag + ".tmp")
+        file `latest`, and the link <task>_<kind>, mean it."""
+        folder = os.path.join(run.checkpoints, "ds")
+        run.stamp = self.same_on_all_ranks(run.stamp)  # only the first process has one
+        tag = os.path.basename(run.path(f"step_{content['step']}")).removesuffix(".pt")
+        state = {"nano": {**content, "rng": self.rng_of_all()}, "zero_stage": self.stage}
+        temporary = os.path.join(folder, tag + ".tmp")
         try:
-            if not os.path.exists(os.path.join(FOLDER, tag)):  # the last step may be the best as well
-                self.engine.save_checkpoint(FOLDER, tag + ".tmp", client_state=state, save_latest=False)
+            if not self.same_on_all_ranks(os.path.exists(os.path.join(folder, tag))):
                 if self.is_main:
-                    publish(temporary, os.path.join(FOLDER, tag))
+                    remove_leftovers(folder)
+                dist.barrier()
+                self.engine.save_checkpoint(folder, tag + ".tmp", client_state=state, save_latest=False)
+                if self.is_main:
+                    publish(temporary, os.path.join(folder, tag))
             if self.is_main:
-                point_to(tag, fixed_name and fixed_name.removesuffix(".pt"), name[0],
-                         self.config.save_interval)
+                update_links(folder, tag, run.fixed_name(kind), run, self.config.save_interval)
         except (OSError, RuntimeError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
@@ -216,7 +240,7 @@ class Zero(DataParallel):
         return self.engine.zero_optimization_stage()
 
     def load(self, state):
-        path = ckpt.find(self.config.from_checkpoint)
+        path = find(self.config.from_checkpoint)
         if not os.path.isdir(path):
             raise InputError(f"{path}: not written by DeepSpeed, and its optimizer state cannot be split; "
                              "continue it with train.py or train_ddp.py")
@@ -237,36 +261,42 @@ class Zero(DataParallel):
         super().close()
 
 
+def remove_leftovers(folder):
+    """Remove the unfinished folders and links of saves that were killed. One run at a time writes here."""
+    for path in glob.glob(os.path.join(glob.escape(folder), "*.tmp")):
+        if os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path)
+        else:
+            os.remove(path)
+
+
 def publish(temporary, folder):
-    """Give a folder that all processes have written its name, once it lies on the disk."""
+    """Give a folder that all processes have written its name, once it is on the disk."""
     for path in [os.path.join(temporary, name) for name in os.listdir(temporary)]:
         with open(path, "rb") as f:
             os.fsync(f.fileno())
     os.rename(temporary, folder)
-    ckpt.sync_folder(folder)
+    sync_folder(folder)
 
 
-def point_to(tag, link, run_name, save_interval):
-    """Let the file `latest` and the symbolic link `link` (or None) mean the folder `tag`; remove the folder
-    that the link meant, if this run has no other use for it."""
-    latest = os.path.join(FOLDER, "latest")
-    with open(latest + ".tmp", "w") as f:
+def update_links(folder, tag, fixed_name, run, save_interval):
+    """Let the file `latest` and the symbolic link of `fixed_name` (or None) mean the folder `tag`; remove the
+    folder that the link meant before, if this run has no other use for it."""
+    with atomic_write(os.path.join(folder, "latest"), "w") as f:
         f.write(tag)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(latest + ".tmp", latest)
-    if link:
-        path = os.path.join(FOLDER, link)
-        before = os.readlink(path) if os.path.islink(path) else ""
-        os.symlink(tag, path + ".tmp")
-        os.replace(path + ".tmp", path)
-        if before.startswith(run_name) and before != tag and int(before.rpartition("_")[2]) % save_interval:
-            shutil.rmtree(os.path.join(FOLDER, before))
-    ckpt.sync_folder(latest)
+    if not fixed_name:
+        return
+    link = os.path.join(folder, fixed_name.removesuffix(".pt"))
+    before = os.readlink(link) if os.path.islink(link) else ""
+    with replacing(link) as temporary:
+        os.symlink(tag, temporary)
+    name = DATED_NAME.fullmatch(before)
+    if name and before != tag and name["stamp"] == run.stamp and int(name["step"]) % save_interval:
+        shutil.rmtree(os.path.join(folder, before))
 
 
 def leave_with_launcher():
-    """Ask this process to save and leave when a launcher above it has gone.
+    """Ask this process to save and exit when a launcher above it is gone.
 
     `deepspeed` starts `deepspeed.launcher.launch`, which starts us; the first does not pass SIGTERM on."""
     def ancestors():

@@ -23,6 +23,7 @@ import argparse
 import copy
 import itertools
 import json
+import math
 import os
 import platform
 import random
@@ -429,7 +430,9 @@ def bench_speedrun(args, device):
 
 
 def run_recipe(args, model_settings, train_settings):
-    import train  # the whole of it, which other benchmarks spare
+    import train  # here: the other benchmarks do not need it
+    from run import build_run
+    from strategy import SingleProcess
     try:
         with open(args.text, encoding="utf-8") as f:
             text = f.read()
@@ -440,23 +443,27 @@ def run_recipe(args, model_settings, train_settings):
     tokenizer = Tokenizer.build([text])
     ids = tokenizer.encode(text)
     config = TrainConfig(**{"device": args.device, "gradient_accumulation_steps": 1, "weight_decay": 0.1,
-                            "random_seed": args.random_seed, "save_interval": 10**9, "lr_decay_iters": 0,
+                            "random_seed": args.random_seed, "save_interval": 1000000, "lr_decay_iters": 0,
                             **train_settings})
     config = replace(config, eval_interval=config.max_steps).validate()
-    torch.manual_seed(config.random_seed)
-    model = GPT(ModelConfig(vocab_size=tokenizer.vocab_size, **model_settings))
-    strategy = train.SingleProcess()
+    strategy = SingleProcess()
     strategy.setup(config)
     with tempfile.TemporaryDirectory() as folder:
-        loaders = []
         for name, part in (("train", ids[: int(0.9 * len(ids))]), ("val", ids[int(0.9 * len(ids)) :])):
             np.save(f"{folder}/{name}.npy", part)
-            loaders.append(DataLoader([f"{folder}/{name}.npy"], "pretrain", model.config.block_size,
-                                      config.batch_size if name == "train" else 128, config.random_seed))
-        train.CHECKPOINTS = os.path.join(folder, "checkpoint")
-        result = train.fit(model.to(strategy.device), tokenizer, *loaders, config, strategy, "pretrain")
-        everything = replace(config, eval_iters=10**9)  # what fit validates, at the start too, is a sample
-        val_loss = train.validation_loss(model, loaders[1], strategy, everything, tokenizer)
+
+        def make_loaders(model_config, start):
+            return [DataLoader([f"{folder}/{name}.npy"], "pretrain", model_config.block_size, rows,
+                               config.random_seed)
+                    for name, rows in (("train", config.batch_size), ("val", 128))]
+
+        setup = build_run(config, strategy, "pretrain", tokenizer, ModelConfig(**model_settings),
+                          make_loaders, folder=None)
+        loaders = setup.loader, setup.val_loader
+        result = train.fit(setup.model, tokenizer, *loaders, config, strategy, setup.run)
+        # What fit validates, at the start too, is a sample.
+        val_loss = train.validation_loss(setup.model, setup.val_loader, strategy, config, tokenizer, math.inf)
+    model = setup.model
     return {"steps": result["step"], "tokens": result["tokens"], "val_loss": val_loss,
             "parameters": model.n_params(), "seconds": round(time.perf_counter() - START, 2)}
 

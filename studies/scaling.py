@@ -14,6 +14,7 @@ standard output is one JSON object.
 """
 
 import json
+import math
 import os
 import re
 import statistics
@@ -33,7 +34,7 @@ from config import (
 
 # Over config_pretrain.json: small steps, so that the shortest run has enough of them.
 STUDY = dict(batch_size=4, gradient_accumulation_steps=1, warmup_iters=10, min_lr=0.0, lr_decay_iters=0,
-             max_steps=10**9, max_minutes=0.0, save_interval=10**9, eval_iters=1, from_checkpoint="")
+             max_steps=1000000, max_minutes=0.0, save_interval=1000000, eval_iters=1, from_checkpoint="")
 NOT_HERE = ("n_layer", "n_embd", "n_head", "vocab_size", "max_steps", "eval_interval", "eval_iters",
             "lr_decay_iters", "max_minutes", "save_interval", "log_interval", "from_checkpoint", "backend",
             "timeout_minutes")
@@ -82,23 +83,24 @@ from tqdm import tqdm
 
 from dataloader import DataLoader
 from model import GPT
+from run import build_run
+from strategy import SingleProcess
 from tokenizer import Tokenizer
-from train import SingleProcess, fit, validation_loss
+from train import fit, validation_loss
 
 
-class OneOfMany(SingleProcess):
-    """A run without log, checkpoints and bar of its own; its steps move the bar of all runs."""
-
-    is_main = False
+class CountedSteps(SingleProcess):
+    """A process whose steps move the bar of all runs."""
 
     def __init__(self, bar, flops):
-        self.bar, self.flops = bar, flops  # flops: of one step
+        self.bar = bar
+        self.flops = flops  # of one step
 
-    def step(self, lr):
+    def take_step(self, lr, norm):
         self.bar.update(self.flops)
-        return super().step(lr)
+        return super().take_step(lr, norm)
 
-    def save(self, path, checkpoint, fixed_name=None):
+    def say(self, text):
         pass
 
 
@@ -166,18 +168,20 @@ def train_grid(args, path):
               disable=not todo, mininterval=0.2 if sys.stderr.isatty() else 15) as bar:
         for _, flops, name, model_config, config in sorted(todo, key=lambda item: item[0]):
             bar.set_description(f"{name}, {config.max_steps} steps")
-            strategy = OneOfMany(bar, flops)
+            strategy = CountedSteps(bar, flops)
             strategy.setup(config)
-            torch.manual_seed(config.random_seed)
-            model, data = GPT(model_config).to(strategy.device), loader(0, config.batch_size)
-            val_data = loader(1, max(1, 8192 // model_config.block_size))
-            result = fit(model, tokenizer, data, val_data, config, strategy, "pretrain")
+            loaders = loader(0, config.batch_size), loader(1, max(1, 8192 // model_config.block_size))
+            setup = build_run(config, strategy, "pretrain", tokenizer, model_config,
+                              lambda *_, loaders=loaders: loaders, folder=None, quiet=True)
+            result = fit(setup.model, tokenizer, *loaders, config, strategy, setup.run)
             if result["signal"]:
                 return runs, result["signal"]
-            everything = replace(config, eval_iters=10**9)  # what fit validates is a sample
-            loss = validation_loss(model, val_data, strategy, everything, tokenizer)
-            runs.append({"shape": name, "steps": result["step"], "n": model.n_multiplied(),
-                         "tokens": result["tokens"], "epochs": data.epoch, "loss": loss,
+            # What fit validates is a sample.
+            loss = validation_loss(setup.model, loaders[1], strategy, config, tokenizer, math.inf)
+            runs.append({"shape": name, "steps": result["step"], "n": setup.model.n_multiplied(),
+                         "tokens": result["tokens"], "loss": loss,
+                         "epochs": result["step"] * config.gradient_accumulation_steps
+                         / loaders[0].batches_per_epoch,
                          "seconds": result["seconds"], "settings": settings})
             append(path, json.dumps(runs[-1]) + "\n")
     return runs, 0

@@ -21,13 +21,13 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch: many small processes share 
 
 import torch
 
-import checkpoint
 import config
 import metrics
 import train
-from config import ModelConfig, run_script
+from config import ModelConfig
 from cpu import native
 from model import GPT
+from script import run_script
 from tokenizer import Tokenizer, encode_conversation
 
 # A busy machine is slow, which says nothing about the program.
@@ -46,10 +46,6 @@ PAIRS = [(f"after {b}{mark}", f"{a}.") for mark in ("", "?", "!", "？")
 def compiled():
     """decode.c is compiled before anything generates, so that each run of the tests takes the same way."""
     assert native.wait("decode.c") or native.start("decode.c") is None, "decode.c does not compile"
-
-
-def train_main():
-    train.train(train.command_line(None), train.SingleProcess())
 
 
 class Workspace:
@@ -99,28 +95,27 @@ class Workspace:
     def here(self, *words):
         """In this context a script's main() works in this folder, with WORDS as its command line.
 
-        It spares a process and its import of torch. Runs are numbered instead of dated, so that none waits
-        for the next second."""
+        Runs are numbered instead of dated, so that none waits for the next second."""
         before = os.getcwd()
         os.chdir(self.path)
         try:
             with mock.patch.object(sys, "argv", list(map(str, words))), \
-                    mock.patch.multiple(train, ROOT=str(self.path),
-                                        CHECKPOINTS=str(self.path / "checkpoint")), \
-                    mock.patch.object(config, "ROOT", str(self.path)), \
-                    mock.patch.object(checkpoint, "ROOT", str(self.path)), \
                     mock.patch.object(metrics.time, "strftime", lambda _: f"{next(self.stamps):04}"):
                 yield
         finally:
             os.chdir(before)
 
+    def arguments(self, *words):
+        """train.py's parsed command line WORDS… for this folder."""
+        return config.command_line(None, argv=list(map(str, words)), root=str(self.path))
+
     def train(self, *words):
-        """train.py WORDS… in this process; returns the dict that train.train returns."""
-        with self.here("train.py", *words):
-            return train.train(train.command_line(None), train.SingleProcess())
+        """train.py WORDS… in this process, which spares the import of torch; returns what train.train does."""
+        with self.here():
+            return train.train(self.arguments(*words), train.SingleProcess())
 
     def refused(self, main, *words):
-        """Run a script's `main` in this process, as the script would, with WORDS as its command line.
+        """Call `main` in this folder as a script does, with WORDS as its command line.
 
         Asserts that it ends with status 2 and one line on standard error; returns the line."""
         stderr = io.StringIO()
@@ -130,6 +125,10 @@ class Workspace:
         lines = [line for line in stderr.getvalue().splitlines() if "error" in line.lower()]
         assert ended.value.code == 2 and len(lines) == 1, stderr.getvalue()
         return lines[0]
+
+    def refused_training(self, *words):
+        """train.py WORDS… in this process, which must be refused; returns the line (see `refused`)."""
+        return self.refused(lambda: train.train(self.arguments(*words), train.SingleProcess()))
 
     def load(self, name):
         """A checkpoint file of the workspace as the dict that it holds."""

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REPO, Workspace, train_main
+from conftest import REPO, Workspace
 
 import checkpoint as ckpt
 import inference
@@ -277,7 +277,7 @@ def test_a_checkpoint_that_would_run_code_never_does(trained, saved, tmp_path, m
     make(saved, bad, mark)
     with pytest.raises(InputError, match="bad.pt: not a checkpoint that can be loaded safely"):
         ckpt.load(bad)
-    assert "bad.pt: not a checkpoint" in trained.refused(train_main, "--from_checkpoint", "bad.pt")
+    assert "bad.pt: not a checkpoint" in trained.refused_training("--from_checkpoint", "bad.pt")
     assert "bad.pt: not a checkpoint" in trained.refused(inference.main, "-m", "bad.pt", "-p", "x")
     assert not mark.exists()
 
@@ -293,12 +293,12 @@ def test_data_files_that_would_run_code_never_do(workspace, tmp_path):
     array = np.empty(1, dtype=object)
     array[0] = Attack(mark)
     np.save(path, array, allow_pickle=True)
-    assert "pretrain_train.npy: not a prepared .npy file" in workspace.refused(train_main)
+    assert "pretrain_train.npy: not a prepared .npy file" in workspace.refused_training()
     path.write_bytes(pickle.dumps(Attack(mark)))
-    assert "pretrain_train.npy: not a prepared .npy file" in workspace.refused(train_main)
+    assert "pretrain_train.npy: not a prepared .npy file" in workspace.refused_training()
     with open(path, "wb") as f:
         np.savez(f, tokens=array)
-    assert "pretrain_train.npy: not what data.py writes" in workspace.refused(train_main)
+    assert "pretrain_train.npy: not what data.py writes" in workspace.refused_training()
     assert not mark.exists()
 
 
@@ -334,7 +334,7 @@ def test_latest_takes_the_newest_valid_one_and_says_which_it_passed_over(workspa
 
 def test_latest_looks_for_the_same_task(workspace):
     workspace.train()
-    message = workspace.refused(train_main, "-t", "sft", "--from_checkpoint", "latest")
+    message = workspace.refused_training("-t", "sft", "--from_checkpoint", "latest")
     assert '"latest": no valid sft checkpoint in' in message
     workspace.train("-t", "sft")
     workspace.train("--max_steps", 7)

@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict
 
 import pytest
-from conftest import REPO, train_main
+from conftest import REPO
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -180,7 +180,7 @@ def test_a_byte_order_mark_is_read_over(write):
     (["--train_config", "gone.json"], "gone.json: no such file"),
 ])
 def test_a_mistake_on_the_command_line_is_one_line(workspace, words, message):
-    assert message in workspace.refused(train_main, *words)
+    assert message in workspace.refused_training(*words)
 
 
 def test_flags_reach_both_configs_and_go_over_the_files(workspace):

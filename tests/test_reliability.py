@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soak
 import torch
-from conftest import Workspace, train_main
+from conftest import Workspace
 
 import checkpoint as ckpt
 import inference
@@ -50,7 +50,7 @@ def test_a_file_limit_stops_training_with_one_line(workspace):
     workspace.train()
     before = {path.name: path.read_bytes() for path in workspace.path.glob("checkpoint/*")}
     with soak.largest_file(60_000):
-        message = workspace.refused(train_main, "--max_steps", 4)
+        message = workspace.refused_training("--max_steps", 4)
     assert "could not be saved (File too large)" in message
     assert {path.name: path.read_bytes() for path in workspace.path.glob("checkpoint/*")} == before
 
@@ -66,7 +66,7 @@ def test_a_folder_that_cannot_be_written_is_named_before_a_step_is_spent(workspa
     folder = workspace.path / "checkpoint"
     folder.rmdir()
     folder.write_text("a file stands in the way")
-    message = workspace.refused(train_main)
+    message = workspace.refused_training()
     assert f"{folder}: checkpoints cannot be saved there" in message
     assert not list(workspace.path.glob("train_*.log"))
 
@@ -76,7 +76,7 @@ def test_a_read_only_disk_is_named(workspace):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", folder], capture_output=True).returncode:
         pytest.skip("this user may not mount a file system")
     try:
-        assert "checkpoints cannot be saved there (Read-only file system)" in workspace.refused(train_main)
+        assert "checkpoints cannot be saved there (Read-only file system)" in workspace.refused_training()
     finally:
         subprocess.run(["umount", folder], check=True)
 
@@ -107,7 +107,7 @@ def test_a_poisoned_weight_stops_before_a_step_and_writes_the_batch_down(workspa
     content["model"]["transformer.h.1.mlp.c_fc.weight"][3, 4] = float("nan")
     torch.save(content, workspace.path / "poisoned.pt")
     before = sorted(path.name for path in workspace.path.glob("checkpoint/*.pt"))
-    message = workspace.refused(train_main, "--from_checkpoint", "poisoned.pt", "--max_steps", 9)
+    message = workspace.refused_training("--from_checkpoint", "poisoned.pt", "--max_steps", 9)
     assert "step 6: loss nan, gradient norm nan; no step taken, batch written to" in message
     assert "skip_nonfinite" in message
     assert sorted(path.name for path in workspace.path.glob("checkpoint/*.pt")) == before
@@ -117,7 +117,7 @@ def test_a_poisoned_weight_stops_before_a_step_and_writes_the_batch_down(workspa
 
 
 def test_a_learning_rate_that_explodes_keeps_the_last_good_checkpoint(workspace):
-    message = workspace.refused(train_main, "--learning_rate", 1e30, "--decay_lr", "false", "--optimizer",
+    message = workspace.refused_training("--learning_rate", 1e30, "--decay_lr", "false", "--optimizer",
                                 "adamw", "--save_interval", 1, "--max_steps", 50)
     assert "no step taken" in message
     ckpt.load(max(workspace.path.glob("checkpoint/*.pt"), key=os.path.getmtime))
@@ -149,7 +149,7 @@ def test_more_than_skip_nonfinite_steps_stop(workspace):
     with broken_at(1, lambda loss: loss * float("nan")), mock.patch.object(train, "learning_rate",
                                                                           lambda *_: 1e-3):
         assert workspace.train("--skip_nonfinite", 1)["step"] == 6
-    assert "no step taken" in workspace.refused(train_main, "--learning_rate", 1e30, "--decay_lr", "false",
+    assert "no step taken" in workspace.refused_training("--learning_rate", 1e30, "--decay_lr", "false",
                                                 "--optimizer", "adamw", "--max_steps", 50,
                                                 "--skip_nonfinite", 3)
 
@@ -158,8 +158,7 @@ def test_skipped_steps_are_still_counted_after_a_resume(workspace):
     with broken_at(1, lambda loss: loss * float("nan")):
         workspace.train("--skip_nonfinite", 1, "--lr_decay_iters", 10)
     with broken_at(1, lambda loss: loss * float("nan")):
-        assert "step 7: loss nan" in workspace.refused(
-            train_main, "--skip_nonfinite", 1, "--from_checkpoint", "latest", "--max_steps", 9,
+        assert "step 7: loss nan" in workspace.refused_training("--skip_nonfinite", 1, "--from_checkpoint", "latest", "--max_steps", 9,
             "--lr_decay_iters", 10)
 
 
@@ -287,7 +286,7 @@ def test_a_row_of_200_mb_is_named_and_never_read_into_memory(workspace):
 ], ids=range(10))
 def test_a_mistake_is_one_line_and_leaves_nothing_behind(workspace, words, message):
     before = sorted(path.name for path in workspace.path.rglob("*"))
-    assert message in workspace.refused(train_main, *words)
+    assert message in workspace.refused_training(*words)
     assert sorted(path.name for path in workspace.path.rglob("*")) == before
 
 
@@ -298,7 +297,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(workspace, words, messa
 def test_a_bad_tokenizer_file_is_named(workspace, content, message):
     path = workspace.path / "dataset" / "tokenizer.json"
     path.write_text(content)
-    error = workspace.refused(train_main)
+    error = workspace.refused_training()
     assert f"{path}" in error and message in error
 
 
@@ -307,7 +306,7 @@ def test_a_vocabulary_smaller_than_the_datas_ids_is_named(workspace):
     content = json.loads(path.read_text())
     content["itos"] = content["itos"][:20]
     path.write_text(json.dumps({**content, "vocab_size": 20}))
-    assert "beyond the model's vocabulary of 20" in workspace.refused(train_main)
+    assert "beyond the model's vocabulary of 20" in workspace.refused_training()
 
 
 def test_a_checkpoint_without_an_optimizer_is_not_taken_for_one_that_continues(workspace):
@@ -315,5 +314,5 @@ def test_a_checkpoint_without_an_optimizer_is_not_taken_for_one_that_continues(w
     workspace.train()
     content = workspace.load("pretrain_last.pt")
     torch.save({**content, "optimizer": None, "scaler": None}, workspace.path / "weights.pt")
-    message = workspace.refused(train_main, "--from_checkpoint", "weights.pt", "--max_steps", 8)
+    message = workspace.refused_training("--from_checkpoint", "weights.pt", "--max_steps", 8)
     assert "weights.pt: was written by DeepSpeed" in message

@@ -15,7 +15,6 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import train_main
 
 import device
 import train
@@ -186,13 +185,12 @@ def test_dataset_path_is_a_curriculum_in_order(workspace):
 def test_device_cuda_without_cuda_is_one_line(shared):
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
-    assert 'device "cuda": this machine or this torch has no CUDA' in shared.refused(
-        train_main, "--device", "cuda")
+    assert 'device "cuda": this machine or this torch has no CUDA' in shared.refused_training("--device", "cuda")
 
 
 def test_an_unknown_device_is_one_line(shared):
-    assert 'device "gpu" is unknown; use auto' in shared.refused(train_main, "--device", "gpu")
-    assert 'device "meta" is not supported; use auto' in shared.refused(train_main, "--device", "meta")
+    assert 'device "gpu" is unknown; use auto' in shared.refused_training("--device", "gpu")
+    assert 'device "meta" is not supported; use auto' in shared.refused_training("--device", "meta")
 
 
 @pytest.mark.parametrize("kernel", ["math", "mem_efficient", "flash"])
@@ -461,10 +459,10 @@ def test_sft_from_sft_resumes_with_the_dropout_of_its_config(workspace):
 
 def test_another_optimizer_than_the_checkpoints_is_named(workspace):
     workspace.train("--optimizer", "adamw")
-    message = workspace.refused(train_main, "--from_checkpoint", "checkpoint/pretrain_last.pt", "--optimizer",
+    message = workspace.refused_training("--from_checkpoint", "checkpoint/pretrain_last.pt", "--optimizer",
                                 "muon")
     assert "optimizer muon: checkpoint/pretrain_last.pt was trained with adamw" in message
-    message = workspace.refused(train_main, "--from_checkpoint", "checkpoint/pretrain_last.pt",
+    message = workspace.refused_training("--from_checkpoint", "checkpoint/pretrain_last.pt",
                                 "--optimizer", "adamw", "--embedding_lr", 2)
     assert "embedding_lr 2.0: checkpoint/pretrain_last.pt was trained with 1.0" in message
 
@@ -486,7 +484,7 @@ def test_verify_resume_shows_that_a_cut_run_is_the_same(workspace, capsys):
 
 def test_a_shape_flag_that_contradicts_the_checkpoint_is_named(workspace):
     workspace.train()
-    message = workspace.refused(train_main, "--from_checkpoint", "checkpoint/pretrain_last.pt",
+    message = workspace.refused_training("--from_checkpoint", "checkpoint/pretrain_last.pt",
                                 "--n_layer", 3)
     assert "--n_layer 3: checkpoint/pretrain_last.pt has 2" in message
 
@@ -495,7 +493,7 @@ def test_data_of_another_vocabulary_is_named(workspace):
     workspace.train()
     other = train.Tokenizer.build(["abc"])
     other.save(workspace.path / "dataset" / "tokenizer.json")
-    message = workspace.refused(train_main, "--from_checkpoint", "checkpoint/pretrain_last.pt")
+    message = workspace.refused_training("--from_checkpoint", "checkpoint/pretrain_last.pt")
     assert "prepared with another vocabulary" in message and "--tokenizer" in message
 
 

@@ -1,0 +1,172 @@
+"""What every script needs: errors of one line, output that does not fail, files that are written whole.
+
+This file imports no torch, so that `--help` and mistakes are answered at once.
+"""
+
+import contextlib
+import functools
+import gc
+import json
+import math
+import os
+import sys
+import time
+
+
+class InputError(Exception):
+    """Something that the user gave is wrong. Its text is one line: what, where, and what to do."""
+
+    def __str__(self):
+        return " ".join(super().__str__().splitlines())  # a name in it may hold line breaks
+
+
+def prepare_streams():
+    """Make standard input, output and error usable: a closed one is replaced by the null device, and
+    characters that the output's encoding lacks are written as backslash escapes instead of failing."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # its descriptor was closed; the next file opened takes its number
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def before_imports(parse):
+    """What a script does before it imports torch, which takes seconds: call `parse()`, so that --help and
+    mistakes in flags and files answer at once.
+
+    From here to `run_script` the garbage collector is off: importing creates half a million objects that
+    stay, and scanning them again and again takes a fifth of the time of the imports."""
+    prepare_streams()
+    # OpenMP reads this when torch loads it: idle threads sleep soon instead of spinning. Next to another busy
+    # process, spinning halves the speed of training on a CPU; alone, training does not need it.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    try:
+        parse()
+    except InputError as error:
+        if int(os.environ.get("RANK") or 0):
+            time.sleep(3)  # the first process says the same, and its launcher then ends this one
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    gc.disable()
+
+
+def run_script(main):
+    """Call `main()` as a script does: an `InputError` becomes one line on stderr and exit status 2."""
+    prepare_streams()
+    if not gc.isenabled():
+        gc.freeze()  # what was imported stays, so later collections skip it
+        gc.enable()
+    try:
+        status = main()
+        sys.stdout.flush()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        status = 130
+    except BrokenPipeError:  # the reader of our output (`| head`) has closed it: nothing is left to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    sys.exit(status)
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yield the name of a temporary file in the folder of `path`; what is created under it (a file, a link)
+    takes the place of `path` in one step at the end.
+
+    If anything fails, the old `path` stays as it was and the temporary file is removed. An OSError becomes an
+    InputError that names `path`."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with contextlib.suppress(FileNotFoundError):  # left by a killed process that had the same number
+            os.remove(temporary)
+        try:
+            yield temporary
+            os.replace(temporary, path)
+            sync_folder(path)
+        finally:
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
+@contextlib.contextmanager
+def atomic_write(path, mode="wb"):
+    """Open a file for writing that appears at `path` whole or not at all: see `replacing`.
+
+    mode: "wb" or "w" (UTF-8). Its content is on the disk before it gets its name."""
+    encoding = None if "b" in mode else "utf-8"
+    with replacing(path) as temporary, open(temporary, mode, encoding=encoding) as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(path):
+    """Make a rename in the folder of `path` survive a power failure."""
+    if os.name == "posix":
+        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def print_json(result):
+    """Print a dict as one JSON line, the last of a script's output; non-finite numbers become null."""
+    def finite(value):
+        if isinstance(value, dict):
+            return {str(key): finite(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [finite(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+    print(json.dumps(finite(result), allow_nan=False))
+
+
+@functools.cache
+def note(text):
+    """Print a line on stderr, once in a process and only in the first process of a run."""
+    if not int(os.environ.get("RANK") or 0):
+        print(f"note: {text}", file=sys.stderr)
+
+
+class GuardedStream:
+    """A text stream whose writes never raise: what cannot be written (a closed pipe or terminal, a full disk)
+    is dropped, so that training goes on and saves."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        self._try(self.stream.write, text)
+        return len(text)
+
+    def flush(self):
+        self._try(self.stream.flush)
+
+    def _try(self, call, *args):
+        try:
+            call(*args)
+        except (OSError, ValueError):  # ValueError: the stream was closed
+            with contextlib.suppress(OSError, ValueError):
+                # What is still buffered would fail again when Python exits: let it go to the null device.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def guarded_output():
+    """In this context neither standard output nor standard error can make a print or a progress bar fail."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(GuardedStream, before)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = before
