@@ -188,6 +188,7 @@ def from_llama_names(old, values, path):
                "transformer.ln_f.weight": rest.pop("norm.weight")}
     if not values["use_rope"]:
         weights["transformer.wpe.weight"] = rest.pop("wpe.weight")
+    n_hidden = 0
     for i in range(values["n_layer"]):
         ours = f"transformer.h.{i}."
         theirs = f"layers.{i}."

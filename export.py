@@ -9,14 +9,14 @@ program that runs it is installed (pip install transformers, pip install xllamac
 standard output is one JSON object.
 """
 
-import contextlib
 import importlib.util
 import json
 import os
 import shlex
 import shutil
 
-from config import InputError, Parser, before_imports, print_json, run_script, sync_folder
+from config import Parser
+from script import InputError, before_imports, print_json, replacing, run_script, sync_folder
 
 DTYPES = {
     "hf": ("float32", "float16", "bfloat16"),
@@ -109,8 +109,7 @@ def to_hf(args, model, tokenizer, chat):
 def replace_folder(temporary, folder):
     """Rename a written folder to its final name; an earlier export there makes room for it."""
     for name in os.listdir(temporary):
-        with open(os.path.join(temporary, name), "rb") as f:
-            os.fsync(f.fileno())
+        sync_file(os.path.join(temporary, name))
     earlier = f"{temporary}.earlier"
     if os.path.isdir(folder):
         os.rename(folder, earlier)
@@ -119,24 +118,20 @@ def replace_folder(temporary, folder):
     shutil.rmtree(earlier, ignore_errors=True)
 
 
+def sync_file(path):
+    with open(path, "rb") as f:
+        os.fsync(f.fileno())
+
+
 def to_gguf(args, model, tokenizer, chat):
     """Write the file beside OUT, check it, rename it; then the Modelfile. Returns the difference, or None."""
     architecture = architecture_of(model, tokenizer, args.model, "gguf")
     name = os.path.splitext(os.path.basename(args.output))[0]
-    temporary = f"{args.output}.{os.getpid()}.tmp"
-    try:
+    with replacing(args.output) as temporary:
         export_gguf.write_file(model, tokenizer, architecture, temporary, name, args.dtype, chat)
+        sync_file(temporary)
         difference = checked(args, "xllamacpp",
                              lambda: export_gguf.check_file(model, tokenizer, temporary, chat))
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, args.output)
-        sync_folder(args.output)
-    except OSError as error:
-        raise InputError(f"{args.output}: cannot be written ({error.strerror or error})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
     export_gguf.write_modelfile(modelfile_of(args.output), os.path.basename(args.output), tokenizer,
                                 model.config.block_size, chat)
     return difference

@@ -13,7 +13,6 @@ import urllib.request
 import numpy as np
 import torch
 
-from config import InputError, atomic_write
 from portable import (
     XIELU,
     as_messages,
@@ -23,6 +22,7 @@ from portable import (
     sample_conversations,
     separator_of,
 )
+from script import InputError, atomic_write
 from tokenizer import encode_prompt
 
 # Our names -> GGUF's names inside blk.N.

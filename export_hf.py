@@ -9,7 +9,6 @@ import os
 
 import torch
 
-from config import InputError
 from portable import (
     XIELU,
     as_messages,
@@ -19,6 +18,7 @@ from portable import (
     sample_conversations,
     separator_of,
 )
+from script import InputError
 from tokenizer import encode_prompt
 
 # Our names -> transformers' names inside model.layers.N.

@@ -13,7 +13,7 @@ import importlib.util
 import math
 from dataclasses import dataclass
 
-from config import InputError
+from script import InputError
 
 # xIELU puts alpha_p and alpha_n through softplus: log(e - 1) becomes 1, and -100 becomes 0.
 XIELU = {"alpha_p": math.log(math.e - 1), "alpha_n": -100.0, "beta": 0.0, "eps": -1e-6}
