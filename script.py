@@ -66,9 +66,20 @@ def run_script(main):
     except KeyboardInterrupt:
         status = 130
     except BrokenPipeError:  # the reader of our output (`| head`) has closed it: nothing is left to say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
+        discard(sys.stdout)
+    except OSError as error:  # no file of ours is meant, whose errors name it: the output's disk is full
+        status = 1
+        discard(sys.stdout)
+        print(f"error: {error.filename or 'standard output'}: {error.strerror or error}", file=sys.stderr)
     sys.exit(status)
+
+
+def discard(stream):
+    """Send what a stream has buffered, and all that follows, to the null device: it cannot be written, and
+    would fail again when Python exits."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @contextlib.contextmanager
@@ -151,9 +162,7 @@ class GuardedStream:
         try:
             call(*args)
         except (OSError, ValueError):  # ValueError: the stream was closed
-            with contextlib.suppress(OSError, ValueError):
-                # What is still buffered would fail again when Python exits: let it go to the null device.
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            discard(self.stream)
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
