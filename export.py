@@ -9,6 +9,7 @@ program that runs it is installed (pip install transformers, pip install xllamac
 standard output is one JSON object.
 """
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -24,6 +25,9 @@ DTYPES = {
     "html": ("int8", "float16"),
 }
 MARKER = "nano_export.json"  # in a folder that we have written, and so may replace
+FOLDER = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+          "tokenizer_config.json", MARKER}
+OLDEST = {"transformers": (4, 57), "xllamacpp": (2026, 4)}  # tried, and that know Apertus
 
 
 def command_line():
@@ -49,8 +53,10 @@ def check_output(args):
         raise InputError(f"{out}: there is no folder {parent}; create it first")
     if args.to == "hf":
         if os.path.isdir(out):
-            if os.listdir(out) and not os.path.exists(os.path.join(out, MARKER)):
-                raise InputError(f"{out}: a folder that no export has written; name another one")
+            names = set(os.listdir(out))
+            if names and (MARKER not in names or names - FOLDER):
+                foreign = min(names - FOLDER or names)
+                raise InputError(f"{out}: holds {foreign}, which no export has written; name another folder")
         elif os.path.lexists(out):
             raise InputError(f"{out}: is a file, but --to hf writes a folder; name another one")
         return
@@ -113,13 +119,17 @@ def replace_folder(temporary, folder):
     earlier = f"{temporary}.earlier"
     if os.path.isdir(folder):
         os.rename(folder, earlier)
-    os.rename(temporary, folder)
+    try:
+        os.rename(temporary, folder)
+    except OSError:
+        os.rename(earlier, folder)
+        raise
     sync_folder(folder)
     shutil.rmtree(earlier, ignore_errors=True)
 
 
 def sync_file(path):
-    with open(path, "rb") as f:
+    with open(path, "r+b") as f:
         os.fsync(f.fileno())
 
 
@@ -147,9 +157,10 @@ def to_html(args, model, tokenizer, chat):
 
 def checked(args, package, check):
     """Run `check`, which returns the largest difference of the logits and the largest logit; return the
-    difference, or None where `package` is not installed. Raises InputError if the difference is too large."""
-    if importlib.util.find_spec(package) is None:
-        print(f"not checked: pip install {package}, and export again")
+    difference, or None if `package` is missing or too old. Raises InputError for too large a difference."""
+    installed = importlib.util.find_spec(package) is not None
+    if not installed or version_of(package) < OLDEST[package]:
+        print(f"not checked: pip install --upgrade {package}, and export again")
         return None
     difference, largest = check()
     print(f"checked with {package}: largest difference of the logits {difference:.2g}, "
@@ -160,11 +171,17 @@ def checked(args, package, check):
     return difference
 
 
+def version_of(package):
+    """The first two numbers of an installed package's version."""
+    major, minor = importlib.metadata.version(package).split(".")[:2]
+    return int(major), int(minor)
+
+
 def closing_words(args, chat):
     """How to start what was written, one line a program."""
     out = shlex.quote(args.output)
     if args.to == "html":
-        return [f"open {out} in a browser; it needs no network, and page.html#q=… asks a question"]
+        return [f"open {out} in a browser; it needs no network; {out}#q=… asks a question"]
     question = '{"messages": [{"role": "user", "content": "你是谁"}], "temperature": 0}'
     route = "chat/completions"
     if not chat:

@@ -8,6 +8,7 @@ byte of a character that the vocabulary lacks, and what merges with it, are toke
 
 import contextlib
 import json
+import urllib.error
 import urllib.request
 
 import numpy as np
@@ -188,15 +189,21 @@ def llama_server(path, block_size):
     params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.verbosity = -1
-    server = xllamacpp.Server(params)
+    try:
+        server = xllamacpp.Server(params)
+    except RuntimeError as error:
+        raise InputError(f"llama.cpp does not load the file ({error}); nothing written") from None
     address = server.listening_address
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def post(route, body):
         request = urllib.request.Request(address + route, json.dumps(body).encode(),
                                          {"Content-Type": "application/json"})
-        with opener.open(request) as reply:
-            return json.load(reply)
+        try:
+            with opener.open(request) as reply:
+                return json.load(reply)
+        except urllib.error.URLError as error:
+            raise InputError(f"llama.cpp does not answer {route} ({error}); nothing written") from None
     yield post
     del server  # ends its thread
 
@@ -215,15 +222,15 @@ def check_file(model, tokenizer, path, chat):
 
     with llama_server(path, c.block_size) as post:
         for turns, question in sample_conversations(tokenizer):
-            ours = tokenizer.encode(question, allow_special=True).tolist()
+            expected = tokenizer.encode(question, allow_special=True).tolist()
             text = question
             if chat:
-                ours = encode_prompt(tokenizer, turns, question).tolist()
+                expected = encode_prompt(tokenizer, turns, question).tolist()
                 text = post("/apply-template", {"messages": as_messages(turns, question)})["prompt"]
             ids = post("/tokenize", {"content": text, "parse_special": True})["tokens"]
-            if [as_ours(i) for i in ids] != ours:
+            if [as_ours(i) for i in ids] != expected:
                 raise InputError(f"{question!r} has other token ids in the GGUF than here; nothing written")
-            prompt = ours[: c.block_size // 2 or 1]
+            prompt = expected[: c.block_size // 2 or 1]
             reply = post("/completion", {"prompt": prompt, "n_predict": min(16, c.block_size // 2 or 1),
                                          "n_probs": 10, "temperature": 0, "ignore_eos": True})
             steps = reply["completion_probabilities"]
@@ -232,9 +239,8 @@ def check_file(model, tokenizer, path, chat):
             logits = model(idx)[0][0, len(prompt) - 1 :]
             largest = max(largest, float(logits.abs().max()))
             for row, step in zip(logits, steps, strict=True):
-                top = [entry for entry in step["top_logprobs"] if entry["id"] < c.vocab_size]
-                theirs = torch.tensor([entry["logprob"] for entry in top])
-                expected = row[[entry["id"] for entry in top]]
-                offsets = theirs - expected
+                theirs = torch.tensor([entry["logprob"] for entry in step["top_logprobs"]])
+                ours = row[[as_ours(entry["id"]) for entry in step["top_logprobs"]]]
+                offsets = theirs - ours
                 difference = max(difference, float((offsets - offsets[0]).abs().max()))
     return difference, largest

@@ -216,7 +216,7 @@ def test_the_weights_have_the_type_that_was_asked_for(chats, dtype):
     weights = safetensors_torch.load_file(folder / "model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {getattr(torch, dtype)}
     assert "lm_head.weight" not in weights  # tied
-    assert transformers.AutoModelForCausalLM.from_pretrained(folder).dtype == getattr(torch, dtype)
+    assert transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype == getattr(torch, dtype)
     assert 0 < result["largest_difference"] < 1
 
 
@@ -383,17 +383,19 @@ def test_a_check_that_cannot_run_says_how_to(chats, target, package, monkeypatch
     monkeypatch.setitem(sys.modules, package, None)
     result, lines = export_to(workspace, "qwen3.pt", target, f"unchecked_{target}")
     assert result["largest_difference"] is None
-    assert f"not checked: pip install {package}, and export again" in lines
+    assert f"not checked: pip install --upgrade {package}, and export again" in lines
 
 
 def test_an_export_replaces_an_earlier_one_and_nothing_else(chats):
     workspace, _ = chats
     folder = workspace.path / "again_hf"
     export_to(workspace, "qwen3.pt", "hf", folder)
-    (folder / "stale.txt").write_text("of the earlier one")
     export_to(workspace, "apertus.pt", "hf", folder)
     assert json.loads((folder / "config.json").read_text())["model_type"] == "apertus"
-    assert not (folder / "stale.txt").exists()
+    (folder / "notes.txt").write_text("mine")
+    message = refusal(workspace, "-m", "qwen3.pt", "--to", "hf", folder)
+    assert "again_hf: holds notes.txt, which no export has written" in message
+    assert (folder / "notes.txt").read_text() == "mine"
     export_to(workspace, "qwen3.pt", "gguf", "again.gguf")
     export_to(workspace, "apertus.pt", "gguf", "again.gguf")
     assert not list(workspace.path.glob("again*.tmp*"))
@@ -404,7 +406,7 @@ def test_an_export_replaces_an_earlier_one_and_nothing_else(chats):
     (foreign / "thesis.gguf").write_text("mine")
     kept = {path: path.read_text() for path in foreign.iterdir()}
     for words, message in (
-            (("--to", "hf", "foreign"), "a folder that no export has written"),
+            (("--to", "hf", "foreign"), "holds Modelfile, which no export has written"),
             (("--to", "hf", "foreign/thesis.gguf"), "is a file, but --to hf writes a folder"),
             (("--to", "gguf", "foreign/thesis.gguf"), "a file that no export has written"),
             (("--to", "gguf", "foreign/new.gguf"), "Modelfile: a file that no export has written"),
@@ -432,7 +434,7 @@ def test_mistakes_in_flags_are_answered_before_torch_is_imported(workspace):
     for words, message in ((("--to", "hf", "--dtype", "F16", "out"),
                             "--dtype is F16, but --to hf takes float32, float16, bfloat16"),
                            (("--to", "onnx", "out"), "invalid choice: 'onnx'"),
-                           (("--to", "hf", "dataset"), "dataset: a folder that no export has written")):
+                           (("--to", "hf", "dataset"), "dataset: holds ")):
         script = ("import sys, runpy; sys.modules['torch'] = None;"  # importing it would fail
                   f"sys.argv = ['export.py', '-m', 'model.pt', *{words!r}];"
                   "runpy.run_path('export.py', run_name='__main__')")
