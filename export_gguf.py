@@ -181,7 +181,7 @@ def llama_server(path, block_size):
     import xllamacpp
     params = xllamacpp.CommonParams()
     params.model.path = path
-    params.n_ctx = block_size
+    params.n_ctx = max(block_size, 64)  # llama.cpp ends the process if a batch is smaller than 2
     params.n_parallel = 1
     params.cpuparams.n_threads = torch.get_num_threads()
     # By default the keys and values of the context are rounded to float16, which hides what the file holds.

@@ -216,7 +216,8 @@ def test_the_weights_have_the_type_that_was_asked_for(chats, dtype):
     weights = safetensors_torch.load_file(folder / "model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {getattr(torch, dtype)}
     assert "lm_head.weight" not in weights  # tied
-    assert transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype == getattr(torch, dtype)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    assert loaded.dtype == getattr(torch, dtype)
     assert 0 < result["largest_difference"] < 1
 
 
