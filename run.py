@@ -112,6 +112,10 @@ class Run:
         if self.writer:
             self.writer.close()
 
+    def stats_path(self):
+        """The file of the statistics per layer (stats.py), beside the log."""
+        return os.path.join(self.folder, self.log.name.removesuffix(".log") + "_stats.jsonl")
+
     def say(self, text):
         if not self.quiet:
             tqdm.write(text)

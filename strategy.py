@@ -26,6 +26,7 @@ from device import (
 )
 from script import InputError
 
+COMPILED_STEPS = 1000  # compiling takes 20 s or more, which shorter runs do not earn back (docs/log.md)
 FOLDED_TOKENS = 65536  # at most so many in one pass on CUDA; more gain nothing there and take memory
 
 
@@ -48,7 +49,9 @@ class SingleProcess:
         self.dtype = pick_dtype(config.dtype, self.device, self.fast_bfloat16, self.say)
         set_sdp_kernel(config.sdp_kernel)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
-        self.compiles = config.compile == "true" or (config.compile == "auto" and can_compile(self.device))
+        is_long = config.max_steps == 0 or config.max_steps >= COMPILED_STEPS
+        self.compiles = config.compile == "true" or (
+            config.compile == "auto" and is_long and can_compile(self.device))
         accumulation = config.gradient_accumulation_steps // self.world_size
         rows = 1 if self.device.type != "cuda" else max(1, FOLDED_TOKENS // (config.batch_size * 256))
         self.fold = max(n for n in range(1, accumulation + 1) if accumulation % n == 0 and n <= rows)

@@ -39,6 +39,7 @@ from dataloader import DataLoader
 from model import batch_loss
 from optimizer import build_optimizer, learning_rate
 from run import build_run, improves
+from stats import LayerStats
 from strategy import SingleProcess, halve_passes, load_step
 from tokenizer import Tokenizer
 
@@ -122,8 +123,11 @@ def fit(model, tokenizer, loader, val_loader, config, strategy, run):
     seconds_per_step = 0.0
     steps_since_log = 0
     tokens_since_log = 0
+    stats = None
     follows_clock = config.decay_lr and not (config.lr_decay_iters or config.max_steps)
     with run, run.progress(config.max_steps, step) as bar:
+        if config.log_stats and run.writes:
+            stats = LayerStats(model, config.log_stats, run.stats_path())
         while True:
             # All processes leave at the same step, whichever of them was asked to.
             elapsed = time.perf_counter() - began
@@ -161,7 +165,11 @@ def fit(model, tokenizer, loader, val_loader, config, strategy, run):
             done = data
             data = load_step(loader, strategy, model.config.block_size)  # while the device works
             loss, norm = strategy.read(loss, norm)
+            if stats and stats.is_due(step):
+                stats.before_step()
             norm = strategy.take_step(lr, norm) if math.isfinite(loss) else strategy.skip_step()
+            if stats and stats.is_due(step):
+                stats.after_step(step, done.tensors[0][0])
             if math.isfinite(norm):
                 losses.append(loss)
             else:
@@ -187,6 +195,8 @@ def fit(model, tokenizer, loader, val_loader, config, strategy, run):
                 tokens_since_log = 0
                 losses = []
             bar.update()
+    if stats:
+        stats.close()
     return {"task": run.task, "step": step, "val_loss": val_loss, "best_val_loss": best_val_loss,
             "tokens": tokens, "seconds": round(time.perf_counter() - began, 1),
             "log": run.log and run.log.name,
@@ -223,9 +233,11 @@ def setup_training(args, strategy):
     def make_loaders(model_config, start):
         shared = dict(task=args.task, block_size=model_config.block_size, batch_size=config.batch_size,
                       seed=config.random_seed, rank=strategy.rank, world_size=strategy.world_size,
-                      vocab_size=tokenizer.vocab_size)
+                      tokenizer=tokenizer)
         loader = DataLoader([pair[0] for pair in paths], **shared)
         loader.require_full_batches()
+        if loader.note:
+            strategy.say(f"note: {loader.note}")
         return loader, DataLoader([pair[1] for pair in paths], **shared)
 
     return build_run(config, strategy, args.task, tokenizer, args.model, make_loaders, args.root,

@@ -107,8 +107,9 @@ class Zero(DataParallel):
         self.deepspeed = deepspeed
 
     def setup(self, config):
-        if config.skip_nonfinite or config.compile == "true":
-            name = "skip_nonfinite" if config.skip_nonfinite else "compile"
+        refused = {"skip_nonfinite": config.skip_nonfinite, "compile": config.compile == "true",
+                   "log_stats": config.log_stats}
+        for name in (name for name, is_set in refused.items() if is_set):
             raise InputError(f"{name}: not under DeepSpeed, which takes the step itself; use train_ddp.py")
         super().setup(config)
         self.compiles = False

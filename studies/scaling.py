@@ -14,23 +14,14 @@ standard output is one JSON object.
 """
 
 import json
-import math
 import os
 import re
 import statistics
 import sys
 from dataclasses import asdict, replace
 
-from config import (
-    ROOT,
-    InputError,
-    ModelConfig,
-    Parser,
-    TrainConfig,
-    before_imports,
-    load_config,
-    run_script,
-)
+from config import ROOT, ModelConfig, Parser, TrainConfig, load_config
+from script import InputError, before_imports, run_script
 
 # Over config_pretrain.json: small steps, so that the shortest run has enough of them.
 STUDY = dict(batch_size=4, gradient_accumulation_steps=1, warmup_iters=10, min_lr=0.0, lr_decay_iters=0,
@@ -176,8 +167,10 @@ def train_grid(args, path):
             result = fit(setup.model, tokenizer, *loaders, config, strategy, setup.run)
             if result["signal"]:
                 return runs, result["signal"]
-            # What fit validates is a sample.
-            loss = validation_loss(setup.model, loaders[1], strategy, config, tokenizer, math.inf)
+            # What fit validates is a sample: here every row.
+            sources = loaders[1].sources
+            n_rows = len(sources) * max(source.n_rows for source in sources)
+            loss = validation_loss(setup.model, loaders[1], strategy, config, tokenizer, n_rows)
             runs.append({"shape": name, "steps": result["step"], "n": setup.model.n_multiplied(),
                          "tokens": result["tokens"], "loss": loss,
                          "epochs": result["step"] * config.gradient_accumulation_steps

@@ -1,6 +1,9 @@
 """The problem lab: right answers, an honest split, targets on answers alone, scores, bad input."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,7 +12,8 @@ from conftest import REPO
 
 import problem
 from config import IGNORE, InputError
-from problem import TASKS, ProblemLoader, draw, evaluate, read_input, score
+from problem import TASKS, ProblemLoader, read_input, sample_inputs, score
+from problems.logic import evaluate
 from tokenizer import Tokenizer
 
 TINY = ["--n_layer", 1, "--n_head", 2, "--n_embd", 16, "--device", "cpu"]
@@ -19,11 +23,11 @@ def defaults(name, **values):
     return {**{key: default for key, (default, _) in TASKS[name].settings.items()}, **values}
 
 
-def loader(name, seed=0, side="training", batch_size=20, **values):
+def loader(name, seed=0, split="training", batch_size=20, **values):
     task = TASKS[name]
     tokenizer = Tokenizer.build([task.vocabulary, "="])
     is_causal = task.model.get("is_causal", True)
-    return ProblemLoader(task, defaults(name, **values), tokenizer, is_causal, batch_size, seed, side)
+    return ProblemLoader(task, defaults(name, **values), tokenizer, is_causal, batch_size, seed, split)
 
 
 def inputs(loader, batches):
@@ -71,9 +75,9 @@ def test_expressions_keep_to_depth_and_length_and_reach_both():
     assert max(map(len, texts)) <= 38 and max(evaluate(text)[1] for text in texts) == 5
 
 
-@pytest.mark.parametrize("draws", ["generate", "practice"])
-def test_numbers_lie_between_the_limits_and_have_every_number_of_digits(draws):
-    numbers = getattr(TASKS["q"], draws)
+@pytest.mark.parametrize("generator", ["generate", "practice"])
+def test_numbers_lie_between_the_limits_and_have_every_number_of_digits(generator):
+    numbers = getattr(TASKS["q"], generator)
     texts = numbers(np.random.default_rng(0), 3000, {"min_number": 7, "max_number": 1203})
     assert all(7 <= int(text) <= 1203 and text == str(int(text)) for text in texts)
     assert {len(text) for text in texts} == {1, 2, 3, 4}
@@ -81,9 +85,9 @@ def test_numbers_lie_between_the_limits_and_have_every_number_of_digits(draws):
 
 def test_only_training_draws_the_practice_inputs_and_they_have_the_high_counts():
     task, counts = TASKS["q"], {}
-    for side in ("training", "validation", "test"):
-        texts = draw(task, defaults("q"), np.random.default_rng(0), 10_000, side)
-        counts[side] = sum(int(task.answer(text)) >= 11 for text in texts)
+    for split in ("training", "validation", "test"):
+        texts = sample_inputs(task, defaults("q"), np.random.default_rng(0), 10_000, split)
+        counts[split] = sum(int(task.answer(text)) >= 11 for text in texts)
     assert counts["training"] > 300 > 30 > counts["validation"] + counts["test"]
 
 
@@ -93,7 +97,8 @@ def test_training_validation_and_test_inputs_never_meet(name):
              for seed in (0, 1) for rows in [loader(name, seed, "training")]]
     rows = loader(name, 0, "validation")
     validation = set(inputs(rows, rows.fixed_batches(60)))
-    test = set(draw(TASKS[name], defaults(name), np.random.default_rng(0), 3000, "test", distinct=True))
+    rng = np.random.default_rng(0)
+    test = set(sample_inputs(TASKS[name], defaults(name), rng, 3000, "test", distinct=True))
     assert len(test) == 3000
     for training in sides:
         assert not training & test and not training & validation
@@ -146,7 +151,7 @@ def test_batches_depend_on_the_seed_alone_and_go_on_from_a_state():
 
 def test_settings_without_any_test_input_are_refused():
     with pytest.raises(InputError, match="min_number 1, max_number 1 there are no test inputs"):
-        draw(TASKS["q"], {"min_number": 1, "max_number": 1}, np.random.default_rng(0), 10, "test")
+        sample_inputs(TASKS["q"], {"min_number": 1, "max_number": 1}, np.random.default_rng(0), 10, "test")
     with pytest.raises(InputError, match="max_number 3: must be"):
         TASKS["q"].generate(np.random.default_rng(0), 10, {"min_number": 4, "max_number": 3})
     with pytest.raises(InputError, match="length 0"):
@@ -157,7 +162,7 @@ def test_the_score_is_the_share_of_exact_matches(tiny_model, monkeypatch, capsys
     monkeypatch.setattr(problem, "TEST_INPUTS", 400)
     rows = loader("sort", length=3)
     model = tiny_model(vocab_size=rows.tokenizer.vocab_size, block_size=3, is_causal=False)
-    texts = draw(TASKS["sort"], rows.settings, np.random.default_rng(0), 400, "test", distinct=True)
+    texts = sample_inputs(TASKS["sort"], rows.settings, np.random.default_rng(0), 400, "test", distinct=True)
     ids = torch.from_numpy(np.stack([rows.tokenizer.encode(text) for text in texts]).astype(np.int64))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(60):  # some right, some wrong
@@ -253,10 +258,48 @@ def test_help_names_the_task_s_own_flags_and_defaults_and_needs_no_torch(workspa
 
 def test_the_documented_new_task_runs(workspace):
     page = (REPO / "docs" / "problems.md").read_text(encoding="utf-8")
-    example = page.split("```python\n")[1].split("```")[0]
+    new_file, lines = [block.split("```")[0] for block in page.split("```python\n")[1:]]
+    importing, entry = [line for line in lines.splitlines() if line]
+    (workspace.path / "problems" / "roman.py").write_text(new_file, encoding="utf-8")
     script = workspace.path / "problem.py"
-    before, mark, after = script.read_text().partition("TEST_INPUTS = ")
-    script.write_text(before + example + mark + after)
-    name = example.split('TASKS["')[1].split('"')[0]
-    run = workspace.run("problem.py", name, *TINY, "--max_steps", 3, "--warmup_iters", 1)
-    assert json.loads(run.stdout.splitlines()[-1])["task"] == name
+    text = script.read_text(encoding="utf-8")
+    text = text.replace("\nTASKS = {\n", f"{importing}\n\nTASKS = {{\n{entry}\n")
+    script.write_text(text, encoding="utf-8")
+    run = workspace.run("problem.py", "roman", *TINY, "--max_steps", 3, "--warmup_iters", 1)
+    assert json.loads(run.stdout.splitlines()[-1])["task"] == "roman"
+
+
+def test_mistakes_are_answered_before_torch_is_imported(workspace):
+    (workspace.path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    for words, message in ((["sort", "--length", 0], "length 0: must be at least 1"),
+                           (["q", "--min_number", 9, "--max_number", 3], "must be from 0 up, in order"),
+                           (["bool", "--depth", 0], "depth 0"),
+                           (["sort", "--n_head", 3], "n_embd 64 is not divisible by n_head 3"),
+                           (["sort", "--batch_size", 0], "batch_size is 0, but must be at least 1"),
+                           (["q", "-i"], "train a model first: python problem.py q"),
+                           (["q", "--eval_only", "-m", "nowhere.pt"], "nowhere.pt: no such file")):
+        refused = workspace.run("problem.py", *words, status=2)
+        assert message in refused.stderr and refused.stderr.count("\n") == 1
+
+
+ONE_STEP = ["--max_steps", 1, "--warmup_iters", 0]
+
+
+def test_input_that_is_no_text_is_refused_line_by_line(workspace):
+    workspace.run("problem.py", "sort", "--length", 2, *TINY, *ONE_STEP)
+    for encoding, typed in (("utf-8", b"\xef\xbb\xbf31\r\n\xff1\n\xe4\xbd\xa0\n13\n"),
+                            ("ascii", b"31\n\xff1\n\xe4\xbd\xa0\n13\n"),
+                            ("cp1252", b"31\n\xff1\n\x81\n13\n")):
+        asked = subprocess.run([sys.executable, "problem.py", "sort", "-i"], cwd=workspace.path, input=typed,
+                               capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding})
+        assert asked.returncode == 2 and b"Traceback" not in asked.stderr
+        assert len(asked.stdout.splitlines()) == 2
+        assert asked.stderr.count(b"the only characters are 0 1 2") == asked.stderr.count(b"\n") == 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="uses a shell's <&-")
+def test_a_closed_input_ends_like_an_empty_one(workspace):
+    workspace.run("problem.py", "sort", "--length", 2, *TINY, *ONE_STEP)
+    closed = subprocess.run(f'"{sys.executable}" problem.py sort -i <&-', shell=True, cwd=workspace.path,
+                            capture_output=True, text=True)
+    assert (closed.returncode, closed.stdout, closed.stderr) == (0, "", "")
