@@ -198,7 +198,8 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.gated = config.activation == "swiglu"
-        hidden = math.ceil(8 * config.n_embd / 3 / 16) * 16 if self.gated else 4 * config.n_embd
+        usual = math.ceil(8 * config.n_embd / 3 / 16) * 16 if self.gated else 4 * config.n_embd
+        hidden = config.n_hidden or usual
         self.c_fc = nn.Linear(config.n_embd, hidden * (2 if self.gated else 1), bias=config.bias)
         self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
         self.activation = {"gelu": F.gelu, "relu2": lambda x: F.relu(x).square(),  # So et al. 2021
