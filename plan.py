@@ -1,0 +1,415 @@
+"""Plan a pretraining run: which model, batch, steps and learning rate suit the time, on this machine.
+
+    python plan.py --minutes 60                    for an hour
+    python plan.py --minutes 60 --write            and put it into model_config.json and config_pretrain.json
+    python plan.py --minutes 60 --memory_gb 8      in at most 8 GB of memory
+    python plan.py --tokens 10000000               for so many tokens, however long they take
+    python plan.py --memory_gb 8                   the largest model that fits, on the tokens that suit it
+
+Times a few training steps of models of growing size on the text that data.py prepared, for at most 30
+seconds, and chooses the one with the lowest loss by a scaling law: the one that studies.scaling fitted to
+this text, else a shipped one. After --write, `python train.py -t pretrain` trains it; the learning rate
+follows the clock, so that it ends in time on a machine whose speed changes. The last line on standard output
+is one JSON object.
+"""
+
+import time
+
+START = time.perf_counter()
+
+import json
+import math
+import os
+import statistics
+from dataclasses import dataclass, replace
+
+from config import ROOT, ModelConfig, Parser, TrainConfig, check_files, load_config, read_json
+from script import InputError, atomic_write, before_imports, print_json, run_script
+
+# The models to choose from, layers and width. Heads are 64 wide where the width allows it.
+LADDER = ((1, 32), (1, 64), (2, 96), (3, 128), (4, 192), (4, 256), (6, 384), (8, 512), (10, 640), (12, 768),
+          (16, 1024), (24, 1536))
+# What the laws were fitted with, and what other programs can run (see export.py).
+SHAPE = dict(n_kv_head=0, activation="relu2", qk_norm=True, use_rope=True, n_prev=0, bias=False,
+             is_causal=True, final_norm="rmsnorm")
+RECIPE = dict(optimizer="muon", weight_decay=0.1, decay_lr=True, lr_schedule="linear", min_lr=0.0,
+              lr_decay_iters=0, from_checkpoint="")
+LEARNING_RATE = 3e-3  # of a model AT_WIDTH wide
+AT_WIDTH = 256
+MEASURING_SECONDS = 30
+VALIDATIONS = 10  # in a run
+
+
+def command_line(argv=None, root=ROOT):
+    cli = Parser(__doc__)
+    cli.add_argument("--minutes", type=float, help="time from the start of train.py to its end")
+    cli.add_argument("--tokens", type=int, help="tokens to train on, instead of --minutes")
+    cli.add_argument("--memory_gb", type=float, help="largest memory to use (default: 0.9 of what there is)")
+    cli.add_argument("--write", action="store_true", help="write the plan into the two JSON files")
+    cli.add_argument("--law", metavar="FILE",
+                     help="a law of studies.scaling (default: scaling.json, if it is of this text)")
+    cli.add_argument("--model_config", default=os.path.join(root, "model_config.json"), metavar="FILE")
+    cli.add_argument("--train_config", default=os.path.join(root, "config_pretrain.json"), metavar="FILE")
+    cli.add_config(TrainConfig, [name for name in TrainConfig.__dataclass_fields__
+                                 if name not in ("device", "dtype", "random_seed", "dataset_path")])
+    args = cli.parse_args(argv)
+    args.root = root
+    if args.minutes is not None and args.tokens is not None:
+        raise InputError("--minutes and --tokens: give one of them")
+    if args.minutes is None and args.tokens is None and args.memory_gb is None:
+        raise InputError("give --minutes (or --tokens, or --memory_gb), such as --minutes 60")
+    for name in ("minutes", "tokens", "memory_gb"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"--{name} {value}: must be above 0")
+    if args.minutes is not None and args.minutes < 0.5:
+        raise InputError(f"--minutes {args.minutes:g}: must be at least 0.5; starting takes some seconds")
+    args.flags = cli.overrides(args, TrainConfig)
+    overrides = {**args.flags, "max_steps": 1, "warmup_iters": 0, **RECIPE}
+    args.train = load_config(TrainConfig, args.train_config, overrides)
+    args.model = load_config(ModelConfig, args.model_config, SHAPE)
+    check_files(args.train, args.train_config, root)
+    if args.law and not os.path.isfile(args.law):
+        raise InputError(f"--law {args.law}: no such file; python -m studies.scaling writes scaling.json")
+    return args
+
+
+if __name__ == "__main__":
+    before_imports(command_line)
+
+import numpy as np
+import torch
+
+from dataloader import DataLoader
+from model import GPT
+from optimizer import build_optimizer
+from run import build_run
+from strategy import FOLDED_TOKENS, SingleProcess, load_step
+from tokenizer import Tokenizer
+from train import accumulate_gradients
+
+# Fitted by studies.scaling to 256-token windows of these texts with SHAPE and RECIPE (docs/scaling.md).
+LAWS = {
+    "Tiny Shakespeare": {"vocab_size": 71, "E": 0.978, "A": 4.73, "B": 52.3, "alpha": 0.244, "beta": 0.368},
+    "amateur radio": {"vocab_size": 2096, "E": 2.02, "A": 1610.0, "B": 346.0, "alpha": 0.687, "beta": 0.443},
+}
+REPEATS = 15.4  # a token that is read again is worth less and less (Muennighoff et al. 2023, R*_D)
+
+
+def effective_tokens(tokens, unique):
+    """How many new tokens are worth as much as reading `unique` tokens `tokens / unique` times.
+
+    Muennighoff et al. 2023, equation 5: U + U R* (1 - exp(-R / R*)) with R repetitions."""
+    repetitions = np.maximum(0.0, np.asarray(tokens) / unique - 1)
+    return np.minimum(tokens, unique) + unique * REPEATS * (1 - np.exp(-repetitions / REPEATS))
+
+
+def predict(law, n, d):
+    """The law's loss for n parameters and d tokens: E + A / n^alpha + B / d^beta (Hoffmann et al. 2022)."""
+    return law["E"] + law["A"] / n ** law["alpha"] + law["B"] / d ** law["beta"]
+
+
+def choose_law(args, vocab_size, n_tokens):
+    """The law for this text, and a sentence that says which one it is.
+
+    First choice: the law that studies.scaling fitted to this text and this kind of model. Otherwise the
+    shipped law whose vocabulary is nearest in size: the alphabet decides most of the loss."""
+    path = args.law or os.path.join(args.root, "scaling.json")
+    if os.path.isfile(path):
+        study = read_json(path)
+        kind = study.get("model", {})
+        if study.get("training_tokens") == n_tokens and all(kind.get(key) == SHAPE[key] for key in SHAPE):
+            return study["law"], f"fitted to this text ({path})"
+        if args.law:
+            raise InputError(f"--law {path}: is of another text or another kind of model than this plan; run "
+                             "python -m studies.scaling")
+    name = min(LAWS, key=lambda name: abs(math.log(LAWS[name]["vocab_size"] / vocab_size)))
+    return LAWS[name], (f"the shipped one of {name}, whose vocabulary of {LAWS[name]['vocab_size']} is "
+                        "nearest; python -m studies.scaling fits one to your text")
+
+
+def learning_rate_at(width, learning_rate=LEARNING_RATE, at_width=AT_WIDTH):
+    """The learning rate of a model `width` wide, given that of one `at_width` wide: in inverse proportion.
+
+    As in μP (Yang et al. 2022) for the hidden matrices; measured in docs/scaling.md."""
+    return learning_rate * at_width / width
+
+
+def with_shape(model_config, layers, width, where="plan"):
+    """model_config with another depth and width, and heads of the same size as far as the width allows."""
+    heads = max(1, width * model_config.n_head // model_config.n_embd)
+    return replace(model_config, n_layer=layers, n_embd=width, n_head=heads).validate(where)
+
+
+def step_tokens(tokens, block_size):
+    """Tokens in a step for a run of `tokens`: about 2,000 steps, each a power of two of windows; from 1,024
+    to 524,288 tokens, beyond which a larger batch saves hardly any steps at these sizes."""
+    wanted = min(max(tokens / 2000, 1024), 524288)
+    return block_size * 2 ** max(0, math.floor(math.log2(wanted / block_size)))
+
+
+def memory_bytes(model_config, tokens, is_half):
+    """An estimate of the bytes that training takes with `tokens` tokens in a pass, without Python itself.
+
+    Weights, gradients and two moments in float32, and what a pass keeps for its backward pass; the factors
+    are measured. is_half: are matrix products in bfloat16 or float16?"""
+    c = model_config
+    per_token = c.n_embd * (c.n_layer * (40 if is_half else 62) + 50) + c.vocab_size * (12 if is_half else 16)
+    return on_meta(c).n_params() * (18 if is_half else 16) + tokens * per_token
+
+
+def on_meta(model_config):
+    """A GPT without memory, for its numbers: n_params(), n_multiplied(), flops_per_token()."""
+    with torch.device("meta"):
+        return GPT(model_config)
+
+
+def available_memory(device):
+    """Bytes of memory that a training run may take; infinite where the system does not say."""
+    if device.type == "cuda":
+        return 0.9 * torch.cuda.get_device_properties(device).total_memory
+    try:
+        return 0.9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # not on Windows
+        return math.inf
+
+
+@dataclass
+class Candidate:
+    """A model and its step, and what to expect of them."""
+
+    model: ModelConfig
+    train: TrainConfig
+    tokens_per_second: float
+    is_measured: bool  # False: as many operations a second as the largest measured model
+    tokens: float  # that the run reads
+    loss: float  # by the law
+    memory: float  # bytes
+
+
+class QuietProcess(SingleProcess):
+    def say(self, text):
+        pass
+
+
+class PreparedText:
+    """The text that data.py prepared for a TrainConfig: its tokenizer, its size, and loaders for it."""
+
+    def __init__(self, config, root, block_size):
+        self.pairs = [[os.path.join(root, path) for path in pair] for pair in config.dataset_path]
+        self.seed = config.random_seed
+        folder = os.path.dirname(self.pairs[0][0])
+        self.tokenizer = Tokenizer.load(os.path.join(folder, "tokenizer.json"))
+        loader, val_loader = self.loaders(block_size, 1)
+        self.n_tokens = sum(len(source.tokens) for source in loader.sources)
+        self.n_rows = min(source.n_rows for source in loader.sources)  # of the shortest file
+        self.n_val_rows = sum(source.n_rows for source in val_loader.sources)
+
+    def loaders(self, block_size, batch_size, val_batch_size=None):
+        """Loaders of the training and the validation text."""
+        files, val_files = zip(*self.pairs, strict=True)
+        return [DataLoader(paths, "pretrain", block_size, rows, self.seed,
+                           vocab_size=self.tokenizer.vocab_size)
+                for paths, rows in ((files, batch_size), (val_files, val_batch_size or batch_size))]
+
+
+class Planner:
+    """Times candidates on one text and one device, and judges them by one law."""
+
+    def __init__(self, args):
+        self.args = args
+        self.text = PreparedText(args.train, args.root, args.model.block_size)
+        self.law, self.which_law = choose_law(args, self.text.tokenizer.vocab_size, self.text.n_tokens)
+        strategy = SingleProcess()
+        strategy.setup(args.train)  # says what the device lacks, once
+        self.device = strategy.device
+        self.is_half = strategy.dtype is not torch.float32
+        self.memory = args.memory_gb * 1e9 if args.memory_gb else available_memory(self.device)
+        self.deadline = time.perf_counter() + MEASURING_SECONDS
+        self.flops = None  # per second, of the last model that was measured
+
+    def training_seconds(self):
+        """Seconds of --minutes that are left for training steps; 4 % are for validation."""
+        return 0.96 * (60 * self.args.minutes - STARTING_SECONDS)
+
+    def tokens_for(self, n, tokens_per_second):
+        """How many tokens a model of n parameters reads."""
+        if self.args.minutes:
+            return self.training_seconds() * tokens_per_second
+        if self.args.tokens:
+            return self.args.tokens
+        law = self.law  # compute-optimal: there more parameters and more tokens are worth the same
+        d = (law["beta"] * law["B"] / (law["alpha"] * law["A"]) * n ** law["alpha"]) ** (1 / law["beta"])
+        return min(d, self.text.n_tokens * (1 + REPEATS))
+
+    def split_step(self, model, tokens):
+        """Rows in a pass and passes in a step, as large as a run of `tokens` wants and the memory allows;
+        None if not even one row fits."""
+        rows = step_tokens(tokens, model.block_size) // model.block_size
+        passes = 1
+        while rows > 1 and (rows * model.block_size > FOLDED_TOKENS or rows > self.text.n_rows
+                            or memory_bytes(model, rows * model.block_size, self.is_half) > self.memory):
+            is_large = rows * model.block_size > FOLDED_TOKENS
+            rows //= 2
+            # CUDA joins passes again (see strategy.py), so there less memory means a smaller step.
+            passes *= 2 if is_large or self.device.type != "cuda" else 1
+        fits = memory_bytes(model, rows * model.block_size, self.is_half) <= self.memory
+        return (rows, passes) if fits else None
+
+    def measure(self, model, config):
+        """Tokens per second of the training loop with this model and config, and the memory in bytes: real
+        steps on the real text, for a second or two."""
+        strategy = QuietProcess()
+        strategy.setup(replace(config, compile="false"))  # compiling alone would take longer than planning
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        setup = build_run(config, strategy, "pretrain", self.text.tokenizer, model,
+                          lambda c, _: self.text.loaders(c.block_size, config.batch_size), None, quiet=True)
+        trained = strategy.wrap(setup.model, build_optimizer(setup.model, config, strategy.fast_bfloat16))
+        data = load_step(setup.loader, strategy, model.block_size)
+        times = []
+        while len(times) < 3 or sum(times) < 1.5 and len(times) < 200:
+            start = time.perf_counter()
+            loss = accumulate_gradients(trained, data, sum(data.n_counted), strategy, config,
+                                        self.text.tokenizer)
+            norm = strategy.clip_gradients()
+            data = load_step(setup.loader, strategy, model.block_size)
+            strategy.take_step(config.learning_rate, strategy.read(loss, norm)[1])
+            times.append(time.perf_counter() - start)
+        speed = data.n_read / statistics.median(times[1:])
+        memory = memory_bytes(model, config.batch_size * model.block_size, self.is_half)
+        if self.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated()
+        return speed, memory
+
+    def candidate(self, layers, width):
+        """The Candidate with this shape, or None if it does not fit into the memory."""
+        model = with_shape(self.args.model, layers, width)
+        model = replace(model, vocab_size=self.text.tokenizer.vocab_size)
+        n = on_meta(model).n_multiplied()
+        flops_per_token = on_meta(model).flops_per_token()
+        speed = (self.flops or 1e10) / flops_per_token  # a guess, to begin with
+        step = None
+        is_measured = False
+        while True:  # the step depends on the tokens, these on the speed, and the speed on the step
+            tokens = self.tokens_for(n, speed)
+            before = step
+            step = self.split_step(model, tokens)
+            if step is None:
+                return None
+            rows, passes = step
+            config = replace(self.args.train, batch_size=rows, gradient_accumulation_steps=passes,
+                             learning_rate=learning_rate_at(width))
+            memory = memory_bytes(model, rows * model.block_size, self.is_half)
+            seconds = 4 * rows * passes * model.block_size / speed
+            is_late = self.flops and time.perf_counter() + max(2, seconds) > self.deadline
+            if step == before or is_late:
+                break
+            speed, memory = self.measure(model, config)
+            self.flops = speed * flops_per_token
+            is_measured = True
+        loss = float(predict(self.law, n, effective_tokens(tokens, self.text.n_tokens)))
+        return Candidate(model, config, speed, is_measured, tokens, loss, memory)
+
+    def candidates(self):
+        """Candidates of growing size, until the loss has risen twice or the memory is full."""
+        found = []
+        for layers, width in LADDER:
+            candidate = self.candidate(layers, width)
+            if candidate is None:
+                break
+            found.append(candidate)
+            c = candidate
+            epochs = c.tokens / self.text.n_tokens
+            print(f"{layers:3} x {width:<5}{on_meta(c.model).n_params():14,}{c.tokens_per_second:12,.0f}"
+                  f"{' ' if c.is_measured else '*'}{c.tokens:14,.0f}{epochs:9.1f}{c.loss:9.3f}"
+                  f"{c.memory / 1e9:9.2f}", flush=True)
+            losses = [candidate.loss for candidate in found]
+            if (self.args.minutes or self.args.tokens) and min(losses[-2:]) > min(losses):
+                break
+        if not found:
+            raise InputError(f"--memory_gb {self.args.memory_gb:g}: too little for the smallest model")
+        return found
+
+
+STARTING_SECONDS = time.perf_counter() - START + 1  # train.py imports as much, and then reads and saves
+
+
+def finish(candidate, planner):
+    """Settings for the two JSON files: the dicts of ModelConfig and TrainConfig fields, and the steps."""
+    args = planner.args
+    model = {name: getattr(candidate.model, name) for name in (*SHAPE, "n_layer", "n_head", "n_embd")}
+    config = candidate.train
+    in_a_step = config.batch_size * config.gradient_accumulation_steps * candidate.model.block_size
+    steps = max(1, round(candidate.tokens / in_a_step))
+    seconds = planner.training_seconds() if args.minutes else candidate.tokens / candidate.tokens_per_second
+    # A forward pass takes a third of a step; all validations together 4 % of the time.
+    tokens = 0.04 * seconds * 3 * candidate.tokens_per_second / (VALIDATIONS + 2)
+    rows = min(planner.text.n_val_rows, max(1, tokens // candidate.model.block_size))
+    train = {**{name: value for name, value in RECIPE.items() if name != "from_checkpoint"}, **args.flags,
+             "learning_rate": float(f"{config.learning_rate:.3g}"),
+             "batch_size": config.batch_size,
+             "gradient_accumulation_steps": config.gradient_accumulation_steps,
+             "warmup_iters": min(20, steps // 10),
+             "max_steps": 0 if args.minutes else steps,
+             "max_minutes": round(args.minutes - STARTING_SECONDS / 60, 3) if args.minutes else 0.0,
+             "eval_interval": max(1, steps // VALIDATIONS),
+             "eval_iters": math.ceil(rows / config.batch_size),
+             "log_interval": max(1, steps // 2000)}
+    return model, train, steps
+
+
+def write(path, cls, values):
+    """Set `values` in a JSON file of `cls`; its other keys stay as they are. The file changes whole."""
+    content = {**read_json(path), **values}
+    if content.get("from_checkpoint"):
+        content["from_checkpoint"] = ""  # the plan is for a new model
+    with atomic_write(path, "w") as f:
+        f.write(json.dumps(content, indent=4, ensure_ascii=False) + "\n")
+    load_config(cls, path)
+
+
+def main():
+    args = command_line()
+    planner = Planner(args)
+    law = planner.law
+    text = planner.text
+    print(f"{text.n_tokens:,} training tokens, vocabulary of {text.tokenizer.vocab_size}, {planner.device}")
+    print(f"law: loss = {law['E']:.3g} + {law['A']:.4g} / N^{law['alpha']:.3g} + {law['B']:.4g} / "
+          f"D^{law['beta']:.3g}, {planner.which_law}")
+    print(f"{'shape':11}{'parameters':>14}{'tokens/s':>12} {'tokens':>14}{'epochs':>9}{'loss':>9}{'GB':>9}")
+    found = planner.candidates()
+    if not all(candidate.is_measured for candidate in found):
+        print("* not timed: as many operations a second as the largest model that was")
+    if args.minutes or args.tokens:
+        best = min(found, key=lambda candidate: candidate.loss)
+    else:
+        best = found[-1]
+    model, train, steps = finish(best, planner)
+    n_params = on_meta(best.model).n_params()
+    seconds = best.tokens / best.tokens_per_second / 0.96 + STARTING_SECONDS
+    ends = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + seconds))
+    print(f"\nmodel:  {best.model.n_layer} layers, {best.model.n_embd} wide, {best.model.n_head} heads: "
+          f"{n_params:,} parameters")
+    print(f"step:   {train['gradient_accumulation_steps']} x {train['batch_size']} rows of "
+          f"{best.model.block_size} tokens, learning rate {train['learning_rate']:g}, then linear to 0")
+    epochs = best.tokens / text.n_tokens
+    print(f"run:    about {steps:,} steps, {best.tokens:,.0f} tokens, {epochs:.1f} epochs")
+    print(f"memory: {best.memory / 1e9:.2f} GB, without Python's own")
+    print(f"expect: validation loss {best.loss:.3f} after {seconds / 60:.1f} minutes; started now, at {ends}")
+    if args.write:
+        write(args.model_config, ModelConfig, model)
+        write(args.train_config, TrainConfig, train)
+        print(f"written: {args.model_config}, {args.train_config}; now run python train.py -t pretrain")
+    else:
+        print("add --write to put this into model_config.json and config_pretrain.json")
+    print_json({"model": model, "train": train, "parameters": n_params, "steps": steps,
+                "tokens": best.tokens, "epochs": epochs, "expected_loss": best.loss,
+                "tokens_per_second": best.tokens_per_second, "memory_gb": best.memory / 1e9,
+                "minutes": seconds / 60, "ends_at": ends, "law": law, "which_law": planner.which_law,
+                "device": str(planner.device), "written": args.write,
+                "losses": {f"{c.model.n_layer}x{c.model.n_embd}": c.loss for c in found}})
+
+
+if __name__ == "__main__":
+    run_script(main)
