@@ -268,6 +268,8 @@ def main(argv=None):
             os.mkdir(finished)
             result = prepare(args, *open_data_sets(args, unpacked), finished)
             result["files"] = put_in_place(finished, args.out)
+    except BrokenPipeError:  # the reader of our output has ended, which is not the fault of a file
+        raise
     except OSError as error:
         raise InputError(f"{error.filename or args.out}: {error.strerror or error}") from None
     report(result)
