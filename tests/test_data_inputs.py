@@ -466,3 +466,13 @@ def test_data_py_works_in_a_folder_that_was_removed(tmp_path):
                f"raise SystemExit(subprocess.call({list(map(str, command))}))")
     done = subprocess.run([sys.executable, "-c", program], cwd=gone, capture_output=True, text=True)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_reader_that_stops_reading_does_not_stop_the_work(tmp_path):
+    """As with data.py … | head -1, if output is not buffered."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-u", data.__file__, FIXTURES / "questions.jsonl", "--out", tmp_path / "out"]
+    subprocess.run(command, stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (tmp_path / "out" / "sft_train.npy").exists()
