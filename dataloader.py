@@ -65,7 +65,7 @@ def write_fingerprint(path, tokenizer):
 
 def read_fingerprint(path):
     """What `write_fingerprint` recorded, a dict; None if there is nothing or it describes another file."""
-    if not os.path.exists(fingerprint_path(path)):
+    if not os.path.exists(path) or not os.path.exists(fingerprint_path(path)):
         return None
     content = read_json(fingerprint_path(path))
     for key, kind in (("vocabulary", str), ("pad_id", int), ("bytes", int)):
@@ -197,13 +197,14 @@ class DataLoader:
         self.rank = rank
         self.world_size = world_size
         self.vocab_size = tokenizer.vocab_size if tokenizer else vocab_size
+        # First of all, as a wrong <|Padding|> makes rows of odd lengths.
+        unchecked = [check_vocabulary(path, tokenizer) for path in paths] if tokenizer else []
+        self.note = next(filter(None, unchecked), "")
         pad_id = tokenizer.pad_id if tokenizer else None
         if task == "sft":
             self.sources = [InstructionRows(path, block_size, pad_id) for path in paths]
         else:
             self.sources = [TextBlocks(path, block_size) for path in paths]
-        unchecked = [check_vocabulary(path, tokenizer) for path in paths] if tokenizer else []
-        self.note = next(filter(None, unchecked), "")
         self.batches = [source.n_rows // batch_size for source in self.sources]  # in an epoch, by file
         self.position = 0  # micro-batches read so far, by all processes together
         self.orders = {}  # (epoch, file) → rows, for the epoch under way

@@ -311,6 +311,22 @@ def test_rows_end_at_the_padding_of_their_vocabulary(rows, knows):
     assert y.tolist() == [[IGNORE, IGNORE, 0] + [IGNORE] * 5, [IGNORE] * 5 + [1] * 3]
 
 
+def test_a_wrong_vocabulary_is_named_before_the_rows_that_its_padding_would_cut(rows):
+    path = rows([4, 9])
+    write_fingerprint(path, OTHERS)
+    tokenizer = Tokenizer(OURS.itos[6:] + OURS.itos[:6], OURS.itos[:6])  # no id of the file is its <|Padding|>
+    with pytest.raises(InputError, match="prepared with another vocabulary"):
+        loader(path, "sft", tokenizer=tokenizer)
+
+
+def test_a_fingerprint_without_its_file_is_a_missing_file(text, tmp_path):
+    path = text()
+    write_fingerprint(path, OURS)
+    (tmp_path / "text.npy").unlink()
+    with pytest.raises(InputError, match="text.npy: no such file"):
+        loader(path, tokenizer=OURS)
+
+
 def test_a_fingerprint_depends_on_the_order_of_the_vocabulary():
     swapped = [*OURS.itos[:-2], OURS.itos[-1], OURS.itos[-2]]
     assert Tokenizer(swapped, OURS.special_tokens).fingerprint != OURS.fingerprint
