@@ -314,7 +314,7 @@ def test_rows_end_at_the_padding_of_their_vocabulary(rows, knows):
 def test_a_wrong_vocabulary_is_named_before_the_rows_that_its_padding_would_cut(rows):
     path = rows([4, 9])
     write_fingerprint(path, OTHERS)
-    tokenizer = Tokenizer(OURS.itos[6:] + OURS.itos[:6], OURS.itos[:6])  # no id of the file is its <|Padding|>
+    tokenizer = Tokenizer(OURS.itos[6:] + OURS.itos[:6], OURS.itos[:6])  # its <|Padding|> is in no row
     with pytest.raises(InputError, match="prepared with another vocabulary"):
         loader(path, "sft", tokenizer=tokenizer)
 
