@@ -236,8 +236,6 @@ def setup_training(args, strategy):
                       tokenizer=tokenizer)
         loader = DataLoader([pair[0] for pair in paths], **shared)
         loader.require_full_batches()
-        if loader.note:
-            strategy.say(f"note: {loader.note}")
         return loader, DataLoader([pair[1] for pair in paths], **shared)
 
     return build_run(config, strategy, args.task, tokenizer, args.model, make_loaders, args.root,
