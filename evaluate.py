@@ -62,8 +62,9 @@ from data_text import read_text
 from dataloader import InstructionRows, check_vocabulary, open_array
 from device import pick_device
 from generate import complete, quantize
+from likelihood import fit_prompt
 from model import batch_loss
-from multiple_choice import fit_prompt, print_table, score_choices
+from multiple_choice import print_table, score_choices
 
 IDS_AT_ONCE = 1 << 20
 TEXT_BATCH = 16  # windows of block_size tokens

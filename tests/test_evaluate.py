@@ -12,6 +12,7 @@ from conftest import PAIRS, TEXT, Workspace
 import contamination
 import data_text
 import evaluate
+import likelihood
 import multiple_choice
 from checkpoint import build_model, load
 from dataloader import write_fingerprint
@@ -325,7 +326,7 @@ def test_likelihoods_side_by_side_equal_those_one_by_one(tiny_model):
     rng = np.random.default_rng(0)
     contexts = [rng.integers(6, 50, rng.integers(1, 20)) for _ in range(40)]
     answers = [rng.integers(6, 50, rng.integers(1, 9)) for _ in range(40)]
-    got = multiple_choice.log_likelihoods(model, contexts, answers, pad_id=0)
+    got = likelihood.log_likelihoods(model, contexts, answers, pad_id=0)
     for context, answer, value in zip(contexts, answers, got, strict=True):
         ids = torch.from_numpy(np.concatenate([context, answer]))
         with torch.no_grad():
@@ -356,7 +357,7 @@ def test_the_letter_after_each_prompt_is_read_whatever_its_length():
     rng = np.random.default_rng(0)
     prompts = [rng.integers(10, 50, n) for n in (3, 9, 5, 5, 30)]
     keys = {tuple(prompt.tolist()): 6 + i % 4 for i, prompt in enumerate(prompts)}
-    got = multiple_choice.letter_logits(KnowsLetters(keys, 50), prompts, [6, 7, 8, 9], pad_id=0)
+    got = likelihood.letter_logits(KnowsLetters(keys, 50), prompts, [6, 7, 8, 9], pad_id=0)
     assert got.argmax(1).tolist() == [0, 1, 2, 3, 0]
 
 
