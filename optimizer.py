@@ -75,13 +75,16 @@ class Muon(torch.optim.Muon):
     of many small ones. On a CPU, where that is slower (1.07 to 1.15 times), they go one by one.
     rank, world_size: this process, and how many of the default process group hold the same model. Each
     orthogonalises its share of a group and gets the rest from the others.
-    in_bfloat16: where bfloat16 is fast; elsewhere a CPU computes it a hundred times slower than float32."""
+    in_bfloat16: where bfloat16 is fast; elsewhere a CPU computes it a hundred times slower than float32.
+    compiles: let torch.compile fuse the iteration."""
 
-    def __init__(self, params, rank=0, world_size=1, in_bfloat16=False, **settings):
+    def __init__(self, params, rank=0, world_size=1, in_bfloat16=False, compiles=False, **settings):
         super().__init__(params, adjust_lr_fn="match_rms_adamw", **settings)
         self.rank = rank
         self.world_size = world_size
-        self.in_bfloat16 = in_bfloat16
+        self.iterate = orthogonalize_bfloat16 if in_bfloat16 else orthogonalize
+        if compiles:
+            self.iterate = torch.compile(self.iterate, dynamic=False)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -123,11 +126,10 @@ class Muon(torch.optim.Muon):
         if group["nesterov"] and updates:
             updates = list(torch._foreach_lerp(grads[own], updates, group["momentum"]))
         updates += [torch.zeros_like(params[0])] * (n_own - len(updates))
-        iterate = orthogonalize_bfloat16 if self.in_bfloat16 else orthogonalize
         settings = (group["ns_coefficients"], group["ns_steps"], group["eps"])
         if params[0].device.type != "cpu":
-            return iterate(torch.stack(updates), *settings)
-        results = [iterate(update, *settings) for update in updates]
+            return self.iterate(torch.stack(updates), *settings)
+        results = [self.iterate(update, *settings) for update in updates]
         return torch.stack(results) if n_own > 1 else results[0][None]
 
     def _apply(self, params, updates, group):
@@ -177,14 +179,14 @@ class Optimizers:
             optimizer.load_state_dict({**state, "param_groups": groups})
 
 
-def build_optimizer(model, config: TrainConfig, fast_bfloat16=False, rank=0, world_size=1):
+def build_optimizer(model, config: TrainConfig, fast_bfloat16=False, rank=0, world_size=1, compiles=False):
     """AdamW for everything, or Muon for the matrices inside the blocks and AdamW for the rest.
 
     Weight decay applies to matrices only, as in GPT-2 and nanoGPT. Muon's update is scaled to AdamW's size,
     so that both use one learning rate. The embeddings, of which a step reads a few rows, may have a higher
     one (`embedding_lr`; the tables of preceding tokens, which are summed with the token's, a share of it).
     The weight decay of a step stays that of the rest. fast_bfloat16: is bfloat16 faster than float32 on the
-    model's device? rank, world_size: see Muon.
+    model's device? rank, world_size, compiles: see Muon.
 
     The first step of a process imports torch's compiler, which torch's optimizers ask for: 1.0 s of CPU time,
     as much as importing torch."""
@@ -212,6 +214,6 @@ def build_optimizer(model, config: TrainConfig, fast_bfloat16=False, rank=0, wor
                               betas=(config.beta1, config.beta2), fused=device_type in ("cuda", "cpu"))
     if not hidden:
         return Optimizers([adamw])
-    muon = Muon(hidden, rank, world_size, in_bfloat16=fast_bfloat16,
+    muon = Muon(hidden, rank, world_size, fast_bfloat16, compiles and device_type == "cuda",
                 lr=config.learning_rate, weight_decay=config.weight_decay)
     return Optimizers([adamw, muon])
