@@ -57,8 +57,8 @@ class StaticKVCache(KVCache):
 
 
 class GraphStep:
-    """Reads one token a sequence, (B,), by a step that is recorded once as a CUDA graph and then replayed: one
-    launch instead of some 20 a layer.
+    """Reads one token a sequence, (B,), by a step recorded once as a CUDA graph and then replayed: one launch
+    instead of some 20 a layer.
 
     The logits (B, V) that it returns are overwritten by the next call."""
 
