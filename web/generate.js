@@ -66,8 +66,10 @@ function largest(values, n) {
   return best;
 }
 
-/** Draw a token: {id, candidates}, candidates being [id, the model's probability, the draw's] of the likeliest
- *  ten, and of the drawn one if it is not among them. */
+/** Draw a token: {id, candidates}.
+ *
+ *  candidates: [id, the model's probability, the draw's] of the likeliest ten, and of the drawn one if it is
+ *  not among them. */
 function sample(logits, seen, settings, random) {
   const model = logitsToProbs(logits, 1, 0, 1);
   const scores = penalizeRepetition(logits, seen, settings.penalty);
@@ -82,7 +84,7 @@ function sample(logits, seen, settings, random) {
   return {id, candidates: shown.map(i => [i, model[i], drawn[i]])};
 }
 
-/** The end of `ids` that fits into the room a prompt has; under the template the first mark stays in front. */
+/** The end of `ids` that fits into a prompt's room; under the template the first mark stays in front. */
 function fitPrompt(ids, length, blockSize, keepFirst) {
   const room = Math.max(1, Math.min(length - 1, blockSize - Math.floor(blockSize / 4)));
   if (ids.length <= room) return ids;
@@ -91,7 +93,8 @@ function fitPrompt(ids, length, blockSize, keepFirst) {
 
 /** Yield null after each token of the prompt, then {id, candidates} for each token of the continuation.
  *
- *  request: {ids, length (of prompt and continuation), penaltyStart, stopId, temperature, topK, topP, penalty}.
+ *  request: {ids, length, penaltyStart, stopId, temperature, topK, topP, penalty}; length: that of the prompt
+ *  and the continuation together.
  *  When the context is full, its second half is read again and generation continues from there. */
 function* generate(model, request, random = Math.random) {
   const blockSize = model.config.block_size;
@@ -120,8 +123,9 @@ function* generate(model, request, random = Math.random) {
 
 /** Answer messages; the same in a Worker and on the main thread.
  *
- *  In: {type: "load", file, buffer}, {type: "generate", request}, {type: "read"} after each "tokens", {type: "stop"}.
- *  Out: {type: "ready"}, {type: "tokens", tokens}, {type: "done", seconds, reason}, {type: "error", text}.
+ *  In: {type: "load", file, buffer}, {type: "generate", request}, {type: "stop"}, and {type: "read"} after each
+ *  "tokens". Out: {type: "ready"}, {type: "tokens", tokens}, {type: "done", seconds, reason} and
+ *  {type: "error", text}.
  *  sliceMs: how long to compute before looking for messages. */
 function serve(post, sliceMs, Model) {
   let model = null;
@@ -146,14 +150,19 @@ function serve(post, sliceMs, Model) {
     stopped = false;
     unread = 0;
     const start = performance.now();
-    let answerStart = start;
+    let answerStart = start;  // when the prompt is read
+    let hasBegun = false;
     let reason = "length";
     let tokens = [];
     let sliceEnd = start + sliceMs;
     for (const next of generate(model, request)) {
-      if (next === null) answerStart = performance.now();
-      else if (next.id === request.stopId) reason = "end";
-      if (next !== null) tokens.push(next);
+      if (next !== null) {
+        hasBegun = true;
+        tokens.push(next);
+        if (next.id === request.stopId) reason = "end";
+      } else if (!hasBegun) {
+        answerStart = performance.now();
+      }
       if (performance.now() < sliceEnd) continue;
       send(tokens);
       tokens = [];
@@ -187,8 +196,4 @@ function serve(post, sliceMs, Model) {
       fail(error);
     }
   };
-}
-
-if (typeof module !== "undefined") {
-  module.exports = {argmax, draw, fitPrompt, generate, largest, logitsToProbs, penalizeRepetition, sample};
 }
