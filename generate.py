@@ -144,7 +144,7 @@ class GraphStep:
 def new_cache(model, batch_size, length, padding=None):
     """A cache for generation from `model`, on its device and in its type."""
     dtype = model.transformer["wte"].weight.dtype
-    if padding is None and model.device.type == "cpu":
+    if padding is None and model.device.type != "cuda":
         return KVCache(model.config, batch_size, length, model.device, dtype)
     return StaticKVCache(model.config, batch_size, length, model.device, dtype, padding)
 
@@ -229,7 +229,7 @@ def goes_together(device):
     """Is it faster there to pad prompts to one length than to answer each length by itself?
 
     A GPU has room to spare. On a CPU, decode.c would compute for the padding as well."""
-    return device.type != "cpu"
+    return device.type == "cuda"
 
 
 def left_pad(prompts, device):
