@@ -1,5 +1,6 @@
 # make demo   from nothing to a model that answers, in about ten minutes on two CPU cores
 # make test   the linter and every test
+# make test-export   the exports, in transformers, llama.cpp and a browser
 # make soak   kills, full disks and flipped bits, for minutes (docs/reliability.md)
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 ASK := $(PY) inference.py -i -m checkpoint/sft_best.pt -t 0 -r 1
 
-.PHONY: install demo test soak clean
+.PHONY: install demo test test-export soak clean
 
 install: $(VENV)/installed
 
@@ -37,6 +38,13 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
 	$(PY) -m pytest -q tests
+
+$(VENV)/installed-export: $(VENV)/installed-dev
+	$(PY) -m pip install -c constraints.txt transformers xllamacpp
+	touch $@
+
+test-export: $(VENV)/installed-export
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/test_export*.py tests/test_reference_checkpoints.py
 
 soak: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(PY) tests/soak.py

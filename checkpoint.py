@@ -151,19 +151,61 @@ def stand_ins():
 def from_reference(old, path):
     """A checkpoint of the reference project (bd4sur/Nano) as one of ours, without its optimizer state.
 
-    Its final norm is a LayerNorm without bias; its vocabulary may hold words of several characters."""
+    Its vocabulary may hold words of several characters. Its weights have GPT-2's names, or since October 2024
+    Llama's. Raises InputError for LoRA weights, and for what does not fit together."""
+    if old.get("is_lora"):
+        raise InputError(f"{path}: holds LoRA weights, not a model; merge them into their base model with "
+                         "the program that wrote them")
     try:
         values = vars(old["model_config"])
         known = {name: values[name] for name in ModelConfig.__dataclass_fields__ if name in values}
-        config = {**known, "final_norm": "layernorm", "vocab_size": len(old["model"]["lm_head.weight"])}
+        if "tok_embeddings.weight" in old["model"]:
+            weights, config = from_llama_names(old["model"], known, path)
+        else:
+            weights, config = old["model"], {**known, "final_norm": "layernorm"}  # a LayerNorm without bias
         return {
-            "format": FORMAT, "model": old["model"], "optimizer": None, "step": old["step_count"],
-            "task": "reference", "model_config": config, "train_config": {},
-            "tokenizer_config": old["tokenizer_config"], "best_val_loss": float("inf"),
+            "format": FORMAT, "model": weights, "optimizer": None, "step": old["step_count"],
+            "task": "reference", "model_config": {**config, "vocab_size": len(weights["lm_head.weight"])},
+            "train_config": {}, "tokenizer_config": old["tokenizer_config"], "best_val_loss": float("inf"),
             "dataloader": None, "rng": None, "scaler": None,
         }
     except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: an older checkpoint, but without {error}") from None
+        raise InputError(f"{path}: a checkpoint of the reference project, but without {error}") from None
+    except RuntimeError as error:  # matrices of widths that cannot be joined
+        raise InputError(f"{path}: weights that do not fit together ({error})") from None
+
+
+def from_llama_names(old, values, path):
+    """Weights and config of the reference project's newer layout under our names.
+
+    old: state dict with wq, wk, wv and w1 (gate), w3 (up), which we store joined. values: its config, where
+    None stands for a width that follows from the others. Raises KeyError for a missing weight."""
+    rest = dict(old)
+    wte = rest.pop("tok_embeddings.weight")
+    if not torch.equal(rest.pop("output.weight"), wte):
+        raise InputError(f"{path}: output.weight differs from tok_embeddings.weight, but here they are tied")
+    weights = {"transformer.wte.weight": wte, "lm_head.weight": wte,
+               "transformer.ln_f.weight": rest.pop("norm.weight")}
+    if not values["use_rope"]:
+        weights["transformer.wpe.weight"] = rest.pop("wpe.weight")
+    n_hidden = 0
+    for i in range(values["n_layer"]):
+        ours = f"transformer.h.{i}."
+        theirs = f"layers.{i}."
+        rest.pop(theirs + "attention.mask", None)  # a buffer
+        qkv = [rest.pop(f"{theirs}attention.{name}.weight") for name in ("wq", "wk", "wv")]
+        gate_and_up = [rest.pop(f"{theirs}feed_forward.{name}.weight") for name in ("w1", "w3")]
+        weights[ours + "attn.c_attn.weight"] = torch.cat(qkv)
+        weights[ours + "attn.c_proj.weight"] = rest.pop(theirs + "attention.wo.weight")
+        weights[ours + "mlp.c_fc.weight"] = torch.cat(gate_and_up)
+        weights[ours + "mlp.c_proj.weight"] = rest.pop(theirs + "feed_forward.w2.weight")
+        weights[ours + "ln_1.weight"] = rest.pop(theirs + "attention_norm.weight")
+        weights[ours + "ln_2.weight"] = rest.pop(theirs + "ffn_norm.weight")
+        n_hidden = len(gate_and_up[0])
+    if rest:
+        raise InputError(f"{path}: the weight {min(rest)} is not known here")
+    config = {**values, "n_kv_head": values["n_kv_head"] or 0, "n_hidden": n_hidden, "activation": "swiglu"}
+    return weights, config
 
 
 @contextlib.contextmanager

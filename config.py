@@ -61,6 +61,7 @@ class ModelConfig:
     n_prev: int = option(0, "number of preceding tokens that each input embeds too, each with its own table",
                          least=0)
     final_norm: Literal["rmsnorm", "layernorm"] = option("rmsnorm", "norm before lm_head")
+    n_hidden: int = option(0, "hidden width of the MLP; 0: 4 n_embd, or 8/3 n_embd for swiglu", least=0)
 
     def validate(self, where="model config"):
         """Check what single fields cannot show. Raises InputError naming the keys."""

@@ -1,40 +1,104 @@
 """Batches from prepared files, in an order that depends on the seed alone.
 
-The order is global: micro-batch number n holds the same rows whatever the number of processes, and process
-`rank` of `world_size` reads the numbers n with n % world_size == rank. All that must be remembered to
-continue exactly is how many rows have been read.
+The order is global: micro-batch number n holds the same rows for any number of processes, and process `rank`
+of `world_size` reads the numbers n with n % world_size == rank. To continue exactly, a run needs to remember
+one number: how many rows have been read.
+
+Beside each prepared file lies its fingerprint, FILE.npy.json: which vocabulary its ids belong to. It is
+copied with `cp pretrain_train.npy*`, and a file without one still works.
 
 Letters: B rows in a batch, T tokens in a row.
 """
 
+import json
+import os
+
 import numpy as np
 
-from config import IGNORE, InputError
+from config import IGNORE, InputError, atomic_write, note, read_json
+
+# What numpy raises for a file with a damaged header.
+NOT_AN_ARRAY = (ValueError, EOFError, SyntaxError, TypeError, OverflowError)
 
 
 def open_array(path, ndim=None):
-    """Memory-map a prepared .npy file: text has one axis, instruction rows have two. Raises InputError
-    naming it; a pickle inside is never run."""
+    """Memory-map a prepared .npy file: text has one axis, instruction rows have two.
+
+    Raises InputError naming the file. A pickle inside is never run."""
     try:
         data = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; run python data.py first") from None
+        raise InputError(f"{path}: no such file; {what_to_run_for(path)}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (ValueError, EOFError, SyntaxError, TypeError, OverflowError) as error:  # a damaged header
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: not a prepared .npy file ({reason}); run python data.py") from None
+    except NOT_AN_ARRAY:
+        raise InputError(f"{path}: not a prepared .npy file, or a damaged one; "
+                         f"python data.py writes such files from text and JSONL") from None
     is_ours = isinstance(data, np.ndarray) and data.dtype in (np.uint16, np.uint32)
     if not is_ours or data.ndim != (ndim or data.ndim):
         raise InputError(f"{path}: not what data.py writes for this task (-t); run python data.py")
     return data
 
 
+def what_to_run_for(path):
+    """What to do when the prepared file `path` is missing, for an error message."""
+    name = os.path.basename(path)
+    numbered = name.replace("pretrain_", "pretrain_0_", 1)
+    if numbered != name and os.path.exists(os.path.join(os.path.dirname(path), numbered)):
+        return (f"data.py wrote numbered files ({numbered}, …) because --pretrain got several texts: set "
+                "dataset_path to them, or run python data.py TEXT TEXT to put all texts into one file")
+    return "run python data.py first"
+
+
+def fingerprint_path(path):
+    """The file that holds the fingerprint of the prepared file `path`."""
+    return f"{path}.json"
+
+
+def write_fingerprint(path, tokenizer):
+    """Record which vocabulary a prepared file was made with. Raises InputError."""
+    content = {"vocabulary": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size,
+               "pad_id": tokenizer.pad_id, "bytes": os.path.getsize(path)}
+    with atomic_write(fingerprint_path(path), "w") as file:
+        json.dump(content, file)
+
+
+def read_fingerprint(path):
+    """What `write_fingerprint` recorded, a dict; None if there is nothing or it describes another file."""
+    if not os.path.exists(fingerprint_path(path)):
+        return None
+    content = read_json(fingerprint_path(path))
+    for key, kind in (("vocabulary", str), ("pad_id", int), ("bytes", int)):
+        if not isinstance(content.get(key), kind):
+            raise InputError(f'{fingerprint_path(path)}: the key "{key}" is missing or wrong; '
+                             "run python data.py again")
+    # An array that was replaced by hand, without its fingerprint, has in general another size.
+    return content if content["bytes"] == os.path.getsize(path) else None
+
+
+def check_vocabulary(path, tokenizer):
+    """Check that the prepared file `path` was made with the vocabulary of `tokenizer`.
+
+    Returns "", or one line to print if the file has no fingerprint. Raises InputError naming the file if the
+    vocabulary is another one."""
+    content = read_fingerprint(path)
+    if content is None:
+        # The same line for all files of a folder, so that it is printed once.
+        return (f"{os.path.dirname(path) or os.curdir}: files without a fingerprint (an older data.py wrote "
+                f"none), so it is not checked whether their vocabulary is that of {tokenizer.name}")
+    if content["vocabulary"] != tokenizer.fingerprint:
+        raise InputError(f"{path}: prepared with another vocabulary than {tokenizer.name}; run python "
+                         "data.py again with all inputs together, or with --tokenizer FILE to keep one")
+    return ""
+
+
 class TextBlocks:
     """Windows of `block_size` + 1 tokens over one file of running text, shape (tokens,)."""
 
     def __init__(self, path, block_size):
-        self.path, self.block_size, self.tokens = path, block_size, open_array(path, 1)
+        self.path = path
+        self.block_size = block_size
+        self.tokens = open_array(path, 1)
         if len(self.tokens) <= block_size:
             raise InputError(f"{path}: {len(self.tokens)} tokens are fewer than block_size + 1 = "
                              f"{block_size + 1}; take more text or a smaller block_size")
@@ -42,29 +106,36 @@ class TextBlocks:
         self.n_rows = max(1, (len(self.tokens) - block_size) // block_size)
 
     def epoch_order(self, rng, batch_size):
-        """Start positions of an epoch's rows: every window once, cut from a random offset, shuffled."""
+        """Start positions of an epoch's rows, shape (n_rows,): every window once, cut from a random offset,
+        shuffled by `rng`."""
         slack = len(self.tokens) - 1 - self.n_rows * self.block_size
         offset = rng.integers(0, min(slack, self.block_size - 1) + 1)
         return offset + self.block_size * rng.permutation(self.n_rows)
 
     def fixed_rows(self, n):
-        """Up to `n` start positions, evenly spread, for validation."""
-        return self.block_size * spread(self.n_rows, n)
+        """Up to `n` start positions, evenly spaced, for validation."""
+        return self.block_size * evenly_spaced(self.n_rows, n)
 
     def batch(self, rows):
-        """Inputs and targets, two int64 arrays (B, T = block_size)."""
+        """Inputs and targets of some start positions, two int64 arrays (B, T = block_size)."""
         windows = np.stack([self.tokens[i : i + self.block_size + 1] for i in rows]).astype(np.int64)
         return windows[:, :-1], windows[:, 1:]
 
 
 class InstructionRows:
-    """Rows of instruction data, shape (tokens, 2): ids and loss mask, each row ended by one padding id."""
+    """Rows of instruction data, shape (tokens, 2): ids and loss mask, each row ended by one <|Padding|>.
+
+    pad_id: the id of <|Padding|>; by default what the file's fingerprint says, or else 0."""
 
     POOL = 50  # batches sorted by length together: enough to waste little, few enough to stay random
 
-    def __init__(self, path, block_size):
-        self.path, self.data = path, open_array(path, 2)
-        self.ends = np.flatnonzero(self.data[:, 0] == 0)  # <|Padding|> is id 0
+    def __init__(self, path, block_size, pad_id=None):
+        self.path = path
+        self.data = open_array(path, 2)
+        if pad_id is None:
+            pad_id = (read_fingerprint(path) or {"pad_id": 0})["pad_id"]
+        self.pad_id = pad_id
+        self.ends = np.flatnonzero(self.data[:, 0] == pad_id)
         self.starts = np.concatenate([[0], self.ends[:-1] + 1])
         self.lengths = self.ends - self.starts
         self.n_rows = len(self.ends)
@@ -75,7 +146,8 @@ class InstructionRows:
                              f"{block_size}; run python data.py --block_size {block_size}")
 
     def epoch_order(self, rng, batch_size):
-        """A random order in which the rows of a batch are of similar length, so that little is padded."""
+        """Row numbers of an epoch, shape (full batches · batch_size,), in a random order in which the rows
+        of a batch have similar lengths, so that little is padded."""
         rows = rng.permutation(self.n_rows)
         n_batches = len(rows) // batch_size
         pool = self.POOL * batch_size
@@ -85,14 +157,16 @@ class InstructionRows:
         return batches[rng.permutation(n_batches)].reshape(-1)
 
     def fixed_rows(self, n):
-        """Up to `n` rows, evenly spread, short ones first."""
-        rows = spread(self.n_rows, n)
+        """Up to `n` row numbers, evenly spaced over the file, short rows first."""
+        rows = evenly_spaced(self.n_rows, n)
         return rows[np.argsort(self.lengths[rows], kind="stable")]
 
     def batch(self, rows):
-        """Inputs and targets, two int64 arrays (B, T), T the longest row; IGNORE where there is no loss."""
+        """Inputs and targets of some rows, two int64 arrays (B, T), T from the longest row.
+
+        A target that carries no loss is IGNORE."""
         longest = self.lengths[rows].max()
-        x = np.zeros((len(rows), longest - 1), np.int64)
+        x = np.full((len(rows), longest - 1), self.pad_id, np.int64)
         y = np.full((len(rows), longest - 1), IGNORE, np.int64)
         for i, row in enumerate(rows):
             ids, mask = np.asarray(self.data[self.starts[row] : self.ends[row]], np.int64).T
@@ -101,25 +175,44 @@ class InstructionRows:
         return x, y
 
 
-def spread(n_rows, n):
-    """`n` of the numbers below `n_rows`, evenly spread (all of them if there are fewer)."""
+def evenly_spaced(n_rows, n):
+    """`n` of the numbers below `n_rows`, evenly spaced (all of them if there are fewer)."""
     return np.linspace(0, n_rows - 1, min(n, n_rows)).round().astype(np.int64)
 
 
 class DataLoader:
-    """Micro-batches of one or more files, walked in order in every epoch (a curriculum)."""
+    """Micro-batches of one or more files, walked in order in every epoch (a curriculum).
 
-    def __init__(self, paths, task, block_size, batch_size, seed=0, rank=0, world_size=1, vocab_size=None):
-        kind = InstructionRows if task == "sft" else TextBlocks
-        self.sources = [kind(path, block_size) for path in paths]
-        self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
-        self.vocab_size = vocab_size
+    task: "pretrain" reads text, "sft" instruction rows.
+    tokenizer: if given, every file must have been prepared with its vocabulary, and its <|Padding|> ends the
+    rows; a line on standard error says if a file has no fingerprint to check.
+    vocab_size: if given (a tokenizer implies it), a larger token id is refused.
+
+    Raises InputError naming the file that does not fit."""
+
+    def __init__(self, paths, task, block_size, batch_size, seed=0, rank=0, world_size=1, vocab_size=None,
+                 tokenizer=None):
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.vocab_size = tokenizer.vocab_size if tokenizer else vocab_size
+        pad_id = tokenizer.pad_id if tokenizer else None
+        if task == "sft":
+            self.sources = [InstructionRows(path, block_size, pad_id) for path in paths]
+        else:
+            self.sources = [TextBlocks(path, block_size) for path in paths]
+        for path in paths if tokenizer else []:
+            unchecked = check_vocabulary(path, tokenizer)
+            if unchecked:
+                note(unchecked)
         self.batches = [source.n_rows // batch_size for source in self.sources]  # in an epoch, by file
         self.position = 0  # micro-batches read so far, by all processes together
         self.orders = {}  # (epoch, file) → rows, for the epoch under way
 
     @property
     def batches_per_epoch(self):
+        """Micro-batches in an epoch, of all processes together."""
         return sum(self.batches)
 
     @property
@@ -148,20 +241,25 @@ class DataLoader:
             self.orders = {key: rows for key, rows in self.orders.items() if key[0] == epoch}
             self.orders[epoch, file] = order
         rows = self.orders[epoch, file][i * self.batch_size : (i + 1) * self.batch_size]
-        return self.checked(self.sources[file], rows)
+        return self.read_batch(self.sources[file], rows)
 
     def fixed_batches(self, n):
-        """About `n` batches, the same at every call, evenly spread over all files; this process's share.
+        """About `n` batches, the same at every call, evenly spaced over all files; this process's share.
 
-        Every process gets as many: where the number does not divide, the last ones carry no loss."""
-        share = -(-n // len(self.sources)) * self.batch_size
-        batches = [(source, rows[i : i + self.batch_size]) for source in self.sources
-                   for rows in [source.fixed_rows(share)] for i in range(0, len(rows), self.batch_size)]
-        for i in range(self.rank, -(-len(batches) // self.world_size) * self.world_size, self.world_size):
-            x, y = self.checked(*batches[min(i, len(batches) - 1)])
+        Every process gets the same number: if it does not divide, the last batches carry no loss."""
+        rows_per_source = -(-n // len(self.sources)) * self.batch_size
+        batches = []
+        for source in self.sources:
+            rows = source.fixed_rows(rows_per_source)
+            batches += [(source, rows[i : i + self.batch_size])
+                        for i in range(0, len(rows), self.batch_size)]
+        rounded_up = -(-len(batches) // self.world_size) * self.world_size
+        for i in range(self.rank, rounded_up, self.world_size):
+            x, y = self.read_batch(*batches[min(i, len(batches) - 1)])
             yield x, y if i < len(batches) else np.full_like(y, IGNORE)
 
-    def checked(self, source, rows):
+    def read_batch(self, source, rows):
+        """A batch of one file, (B, T) twice. Raises InputError for an id beyond the vocabulary."""
         x, y = source.batch(rows)
         largest = max(x.max(), y.max())
         if self.vocab_size and largest >= self.vocab_size:
@@ -170,7 +268,9 @@ class DataLoader:
         return x, y
 
     def state_dict(self):
+        """What a checkpoint must hold to continue exactly."""
         return {"rows": self.position * self.batch_size}
 
     def load_state_dict(self, state):
+        """Continue where `state_dict` was taken, with any number of processes and any batch size."""
         self.position = state["rows"] // self.batch_size

@@ -1,15 +1,20 @@
 """From logits to tokens: filter, sample, prefill, decode, generate.
 
-Logits in, tokens out. Every draw takes an explicit torch.Generator; temperature 0 is argmax.
-Letters in the shapes: B sequences side by side, T tokens, V vocab_size. After gpt-fast's ladder of functions.
+Logits in, tokens out, after gpt-fast's ladder of functions. Every draw takes an explicit torch.Generator;
+temperature 0 is argmax. Letters in the shapes: those of model.py.
 """
 
-import torch
-import torch.nn as nn
+import functools
 
-from config import InputError
+import torch
+
 from cpu import decode
+from cpu.int8 import quantize  # noqa: F401  (evaluate.py and studies/bench.py import it from here)
+from device import has_fast_bfloat16
 from model import GPT, KVCache
+from script import InputError
+
+GRAPH_TOKENS = 32  # recording a CUDA graph takes about as long as this many steps without one
 
 
 def penalize_repetition(logits, seen, penalty):
@@ -22,7 +27,8 @@ def penalize_repetition(logits, seen, penalty):
 
 def logits_to_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
     """Probabilities (B, V) from logits (B, V). top_k 0 and top_p 1 are off; temperature must be above 0."""
-    logits = logits / temperature
+    logits = logits - logits.amax(-1, keepdim=True)  # else a small temperature makes the largest infinite
+    logits = logits / max(temperature, torch.finfo(logits.dtype).tiny)
     if top_k:
         smallest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)
@@ -51,47 +57,166 @@ def prefill(model, idx, cache):
 
 def decode_one_token(model, token, cache):
     """Read one token a sequence, (B,); the logits (B, V) after it."""
-    step = decode.step_of(model, cache)  # compiled, on a CPU
-    return step(token) if step else model(token[:, None], cache=cache)[0][:, -1]
+    return model(token[:, None], cache=cache)[0][:, -1]
 
 
-def check_sampling(temperature, top_k, top_p, repetition_penalty):
+class StaticKVCache(KVCache):
+    """A cache whose tensors have the same shape and place at every step, as a CUDA graph needs.
+
+    The number of tokens is on the device too, position (1,), and attention covers the whole length under a
+    mask. padding: None or (B,), how many tokens on the left of each sequence are padding: nothing attends to
+    them, and positions are counted from their end. length may then be above the model's block_size."""
+
+    def __init__(self, config, batch_size, length, device="cpu", dtype=torch.float32, padding=None):
+        self.position = torch.zeros(1, dtype=torch.long, device=device)
+        super().__init__(config, batch_size, length, device, dtype)
+        self.block_size = config.block_size
+        if padding is not None:
+            self.first = padding[:, None]  # (B, 1)
+            self.limit = length
+
+    @property
+    def n_tokens(self):
+        return self._n_tokens
+
+    @n_tokens.setter
+    def n_tokens(self, number):
+        self._n_tokens = number
+        self.position.fill_(number)
+
+    def columns(self, n_new):
+        return self.position + torch.arange(n_new, device=self.k.device)
+
+    def update(self, layer, k, v):
+        columns = self.columns(k.size(2))
+        self.k[layer].index_copy_(2, columns, k.type_as(self.k))
+        self.v[layer].index_copy_(2, columns, v.type_as(self.v))
+        return self.k[layer], self.v[layer]
+
+    def mask_and_positions(self, n_new):
+        """Mask (T, S) and positions (T,), or (B, 1, T, S) and (B, T) with padding."""
+        columns = self.columns(n_new)  # (T,)
+        keys = torch.arange(self.length, device=self.k.device)  # (S,)
+        visible = keys <= columns[:, None]  # (T, S)
+        if isinstance(self.first, int):
+            return visible, columns
+        visible = visible & (keys >= self.first[:, :, None, None])
+        visible = visible | (keys == columns[:, None])  # padding sees itself: a softmax over nothing is NaN
+        # A row that has ended goes on, to no effect, and may run past the last position.
+        return visible, (columns - self.first).clamp(0, self.block_size - 1)
+
+
+class GraphStep:
+    """`decode_one_token`, recorded once as a CUDA graph and replayed: one launch instead of some 20 a layer.
+
+    The logits (B, V) that it returns are overwritten by the next call."""
+
+    def __init__(self, model, cache: StaticKVCache):
+        self.model = model
+        self.cache = cache
+        self.token = torch.zeros(cache.k.size(1), dtype=torch.long, device=cache.k.device)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # the libraries set themselves up, which cannot be recorded
+            for _ in range(2):
+                self.forward()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = self.forward()
+
+    def forward(self):
+        """Read self.token at the cache's position, as often as one likes: the next token overwrites it."""
+        n_tokens = self.cache.n_tokens
+        logits = decode_one_token(self.model, self.token, self.cache)
+        self.cache.n_tokens = n_tokens
+        return logits
+
+    def __call__(self, token):
+        if self.cache.n_tokens >= self.cache.limit:
+            raise InputError(f"the cache is full: it holds {self.cache.limit} tokens")
+        self.token.copy_(token)
+        self.graph.replay()
+        self.cache.n_tokens += 1
+        return self.logits
+
+
+def new_cache(model, batch_size, length, padding=None):
+    """A cache for generation from `model`, on its device and in its type."""
+    dtype = model.transformer["wte"].weight.dtype
+    if padding is None and model.device.type == "cpu":
+        return KVCache(model.config, batch_size, length, model.device, dtype)
+    return StaticKVCache(model.config, batch_size, length, model.device, dtype, padding)
+
+
+def decoding_step(model, cache, n_steps):
+    """The fastest way to read some n_steps tokens a sequence into `cache`, one at a time.
+
+    Returns a function from tokens (B,) to the logits (B, V) after them: decode.c on a CPU, a CUDA graph, or
+    PyTorch where they do not apply."""
+    if not isinstance(cache, StaticKVCache):
+        library = decode.usable_library(model)
+        if library is not None:
+            return decode.CompiledStep(model, cache, library)
+    elif model.device.type == "cuda" and n_steps >= GRAPH_TOKENS and not model.training:
+        return GraphStep(model, cache)
+    return functools.partial(decode_one_token, model, cache=cache)
+
+
+def check_sampling(temperature, top_k, top_p, repetition_penalty, repeat_last_n=-1):
     """Raises InputError naming the first parameter that is out of range."""
     for name, value, good, rule in (
             ("temperature", temperature, 0 <= temperature < float("inf"), "0 or above"),
             ("top_k", top_k, top_k >= 0, "0 (off) or above"),
             ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
-            ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < float("inf"), "above 0")):
+            ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < float("inf"), "above 0"),
+            ("repeat_last_n", repeat_last_n, repeat_last_n >= -1, "-1 (all), 0 (off) or above")):
         if not good:
             raise InputError(f"{name} is {value}, but must be {rule}")
 
 
 @torch.inference_mode()
 def generate(model: GPT, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
-             stop_ids=(), generator=None, cache_dtype=torch.float32):
+             stop_ids=(), generator=None, repeat_last_n=-1, penalty_start=0, padding=None):
     """Yield the next token ids (B,) of the prompts idx (B, T), one time step at a time.
 
     A sequence that has produced one of `stop_ids` repeats it; generation ends when all have. When the
-    context is full, the later half of it is read again and generation goes on from there.
+    context is full, its second half is read again and generation continues from there.
+    The repetition penalty covers the prompt from its token number `penalty_start` on and what is generated;
+    of these, with `repeat_last_n` of 0 or above, the last that many tokens.
+    padding: None or (B,), how many tokens on the left of each prompt are padding, which must repeat a token
+    of the prompt; the context then must not fill up.
     Raises InputError for an empty prompt, or one longer than the model's block_size."""
-    check_sampling(temperature, top_k, top_p, repetition_penalty)
+    check_sampling(temperature, top_k, top_p, repetition_penalty, repeat_last_n)
     if idx.size(1) == 0:
         raise InputError("the prompt is empty")
     block_size = model.config.block_size
-    length = min(block_size, idx.size(1) + max_new_tokens)
+    length = idx.size(1) + max_new_tokens
+    if padding is None:
+        length = min(length, block_size)
     stop = torch.tensor(list(stop_ids), dtype=torch.long, device=idx.device)
     stopped = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
-    token, cache = None, None
-    for _ in range(max_new_tokens):
-        if cache is None or cache.n_tokens == block_size:
-            if cache is not None:
-                idx = idx[:, -(block_size // 2 or 1):]
-            cache = KVCache(model.config, idx.size(0), length, idx.device, cache_dtype)
+    cache = new_cache(model, idx.size(0), length, padding)
+    step = None
+    token = None
+    for n in range(max_new_tokens):
+        if n == 0:
+            logits = prefill(model, idx, cache)
+        elif cache.n_tokens == cache.limit:  # the context is full
+            dropped = idx.size(1) - (block_size // 2 or 1)
+            idx = idx[:, dropped:]
+            penalty_start = max(0, penalty_start - dropped)
+            cache.n_tokens = 0
             logits = prefill(model, idx, cache)
         else:
-            logits = decode_one_token(model, token, cache)
-        drawn = sample(logits, idx, temperature, top_k, top_p, repetition_penalty, generator)
-        token = torch.where(stopped, token, drawn) if len(stop) and token is not None else drawn
+            # Chosen once: an answer has one arithmetic, even if the compiler of decode.c ends in the middle.
+            step = step or decoding_step(model, cache, max_new_tokens)
+            logits = step(token)
+        seen = idx[:, penalty_start:]
+        if repeat_last_n >= 0:
+            seen = seen[:, max(0, seen.size(1) - repeat_last_n) :]
+        drawn = sample(logits, seen, temperature, top_k, top_p, repetition_penalty, generator)
+        token = torch.where(stopped, token, drawn) if len(stop) and n else drawn
         yield token
         if len(stop):
             stopped |= torch.isin(token, stop)
@@ -100,21 +225,47 @@ def generate(model: GPT, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.
         idx = torch.cat([idx, token[:, None]], dim=1)
 
 
+def goes_together(device):
+    """Is it faster there to pad prompts to one length than to answer each length by itself?
+
+    A GPU has room to spare. On a CPU, decode.c would compute for the padding as well."""
+    return device.type != "cpu"
+
+
+def left_pad(prompts, device):
+    """A list of id lists as one tensor (B, T), and how many tokens on the left of each are padding, (B,).
+
+    The padding repeats a prompt's first token, which changes nothing for a repetition penalty."""
+    length = max(map(len, prompts))
+    rows = [[int(p[0])] * (length - len(p)) + [int(i) for i in p] for p in prompts]
+    padding = [length - len(p) for p in prompts]
+    return torch.tensor(rows, device=device), torch.tensor(padding, device=device)
+
+
 @torch.inference_mode()
 def complete(model, prompts, max_new_tokens, stop_ids=(), **sampling):
     """Answer many prompts (a list of id lists) at once; a list of id lists, cut before the stop token.
 
-    Prompts of one length go through the model side by side, so that nothing need be padded."""
-    answers = [None] * len(prompts)
-    for length in sorted({len(p) for p in prompts}):
-        which = [i for i, p in enumerate(prompts) if len(p) == length]
-        idx = torch.tensor([list(map(int, prompts[i])) for i in which], device=model.device)
-        room = min(max_new_tokens, model.config.block_size - length)
-        steps = list(generate(model, idx, room, stop_ids=stop_ids, **sampling))
-        for row, i in enumerate(which):
-            ids = [int(step[row]) for step in steps]
-            ends = [n for n, token in enumerate(ids) if token in stop_ids]
-            answers[i] = ids[: ends[0]] if ends else ids
+    Prompts of one length go through the model side by side; on a GPU all do, with padding on the left.
+    Raises InputError for an empty prompt."""
+    if not all(len(prompt) for prompt in prompts):
+        raise InputError("the prompt is empty")
+    groups = {}
+    for i, prompt in enumerate(prompts):
+        groups.setdefault(0 if goes_together(model.device) else len(prompt), []).append(i)
+    answers = [[] for _ in prompts]
+    for _, which in sorted(groups.items()):
+        idx, padding = left_pad([prompts[i] for i in which], model.device)
+        is_ragged = len({len(prompts[i]) for i in which}) > 1
+        rooms = [max(0, min(max_new_tokens, model.config.block_size - len(prompts[i]))) for i in which]
+        if not any(rooms):
+            continue
+        steps = list(generate(model, idx, max(rooms), stop_ids=stop_ids,
+                              padding=padding if is_ragged else None, **sampling))
+        rows = torch.stack(steps, dim=1).tolist()  # read once: each read waits for the device
+        for i, row, room in zip(which, rows, rooms, strict=True):
+            ends = [n for n, token in enumerate(row) if token in stop_ids]
+            answers[i] = row[: min([room, *ends])]
     return answers
 
 
@@ -122,45 +273,17 @@ def complete(model, prompts, max_new_tokens, stop_ids=(), **sampling):
 def generate_all_at_once(model: GPT, idx):
     """Sequence to sequence: the likeliest token at every position of idx (B, T), in one pass, (B, T).
 
-    For models with full attention (is_causal false), which are trained with outputs in the inputs' places."""
+    For models with full attention (is_causal false), trained to give the output of each input's position.
+    Raises InputError for others."""
     if model.config.is_causal:
         raise InputError("one-shot generation needs a model with is_causal false")
     return model(idx)[0].argmax(-1)
 
 
-class Int8Linear(nn.Module):
-    """A linear layer with int8 weights, one scale an output: a token has a quarter of the bytes to read.
+def use_half_precision(model):
+    """Give a model on a GPU bfloat16 or float16 weights, which halves the bytes to read for each token.
 
-    Rounded to the nearest 1/127 of each output's largest weight (after Dettmers et al. 2022). Few rows go
-    through torch's int8 product, their activations in bfloat16; many, as a prompt has, are multiplied in
-    float32 by the weights put back together."""
-
-    FEW = 8
-
-    def __init__(self, linear):
-        super().__init__()
-        weight = linear.weight.detach().float()
-        self.scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127  # (out,)
-        self.weight = (weight / self.scale[:, None]).round().to(torch.int8)  # (out, in)
-        self.bias = linear.bias
-
-    def forward(self, x):
-        rows = x.flatten(0, -2)
-        if len(rows) <= self.FEW and self.weight.size(1) % 16 == 0:  # others make torch's read past the end
-            y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale.bfloat16()).float()
-        else:
-            y = rows @ (self.weight * self.scale[:, None]).T
-        y = y if self.bias is None else y + self.bias
-        return y.unflatten(0, x.shape[:-1])
-
-
-def quantize(model: GPT):
-    """Give a model on the CPU int8 weights, in place, for generation alone; the embeddings stay as they are.
-
-    Raises InputError for another device."""
-    if model.device.type != "cpu":
-        raise InputError(f"int8: for a CPU, but the model is on {model.device}; add --device cpu")
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.Linear):
-                setattr(module, name, Int8Linear(child))
+    A model on a CPU or an old card stays as it is. The tables of RoPE stay float32. Returns the model."""
+    if model.device.type != "cuda" or torch.cuda.get_device_capability(model.device) < (7, 0):
+        return model
+    return model.to(torch.bfloat16 if has_fast_bfloat16(model.device) else torch.float16)

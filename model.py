@@ -4,8 +4,8 @@ GPT-2's structure and parameter names (Radford et al. 2019, after nanoGPT), with
 2019), rotary positions (RoPE; Su et al. 2021), grouped key/value heads (GQA; Ainslie et al. 2023), and the
 choice of activation, of a query/key norm (Henry et al. 2020) and of causal or full attention.
 
-Letters in the shapes: B batch, T tokens, C n_embd, nh heads, nkv key/value heads, hs head size,
-V vocab_size, S tokens attended to (those in the cache and the new ones).
+Letters in the shapes: B batch, T tokens, C n_embd, H width of the MLP's hidden layer, V vocab_size,
+nh heads, nkv key/value heads, hs head size, S tokens attended to (those in the cache and the new ones).
 """
 
 import functools
@@ -15,35 +15,55 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from config import IGNORE, InputError, ModelConfig
+from config import IGNORE, ModelConfig
 from cpu import fused
 from device import has_flex_attention
+from script import InputError
 
 
 class KVCache:
-    """Keys and values of the tokens read so far: two tensors (n_layer, B, nkv, length, hs)."""
+    """Keys and values of the tokens read so far, for generation.
+
+    k, v: (n_layer, B, nkv, length, hs), allocated at once. ids: (B, length), the tokens themselves. n_tokens
+    of the `length` columns are filled. first: column of each sequence's first token.
+    Raises InputError for a model with full attention, whose outputs depend on later tokens."""
+
+    first = 0
 
     def __init__(self, config: ModelConfig, batch_size, length, device="cpu", dtype=torch.float32):
         if not config.is_causal:
             raise InputError("a KV cache needs causal attention, but this model has is_causal false")
         n_kv_head = config.n_kv_head or config.n_head
         shape = (config.n_layer, batch_size, n_kv_head, length, config.n_embd // config.n_head)
-        self.k = torch.empty(shape, device=device, dtype=dtype)
-        self.v = torch.empty(shape, device=device, dtype=dtype)
-        self.n_tokens = 0  # filled so far
-        self.last_ids = torch.empty(batch_size, 0, dtype=torch.long, device=device)  # for n_prev
-        self.step = None  # decode.py's, once it is compiled
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.ids = torch.zeros(batch_size, length, dtype=torch.long, device=device)
+        self.n_tokens = 0
+        self.limit = min(length, config.block_size)  # of n_tokens
 
     @property
     def length(self):
         return self.k.size(3)
 
+    def columns(self, n_new):
+        """The columns of the next n_new tokens, (n_new,)."""
+        return torch.arange(self.n_tokens, self.n_tokens + n_new, device=self.k.device)
+
     def update(self, layer, k, v):
-        """Append k, v (B, nkv, T, hs) of one layer; return all so far (B, nkv, S, hs)."""
+        """Append k, v (B, nkv, T, hs) of one layer; return all to attend to, (B, nkv, S, hs)."""
         end = self.n_tokens + k.size(2)
         self.k[layer, :, :, self.n_tokens : end] = k
         self.v[layer, :, :, self.n_tokens : end] = v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+    def mask_and_positions(self, n_new):
+        """Which tokens each of the next n_new may attend to: None (causal) or a bool tensor (n_new, S); and
+        their positions, (n_new,)."""
+        columns = self.columns(n_new)
+        if self.n_tokens == 0 or n_new == 1:
+            return None, columns
+        S = self.n_tokens + n_new
+        return torch.arange(S, device=self.k.device) <= columns[:, None], columns
 
 
 def rope_table(length, head_size, theta):
@@ -74,7 +94,7 @@ def positions_in(documents):
 
 
 def block_mask_of(documents, is_causal):
-    """The mask of documents (B, T) for FlexAttention (Dong et al. 2024), which skips what is hidden whole."""
+    """The mask of documents (B, T) for FlexAttention (Dong et al. 2024), which skips fully masked blocks."""
     from torch.nn.attention.flex_attention import create_block_mask  # here: its import takes a second
 
     def visible(b, h, q, kv):
@@ -85,26 +105,48 @@ def block_mask_of(documents, is_causal):
 
 
 @functools.cache
-def flex_attention(device_type):
-    """torch's flex_attention, compiled where it is used for its speed."""
+def compiled_flex_attention():
     from torch.nn.attention.flex_attention import flex_attention
-    return torch.compile(flex_attention) if device_type == "cuda" else flex_attention
+    return torch.compile(flex_attention)
+
+
+def flex_attention(q, k, v, block_mask, enable_gqa):
+    """torch's, in one type; compiled on CUDA even where the model is not, since only that form is fast.
+
+    Contiguous, since compiled kernels misread queries and keys that share memory (torch 2.13, on a CPU)."""
+    from torch.nn.attention.flex_attention import flex_attention as attention
+    if q.device.type == "cuda" and not torch.compiler.is_compiling():
+        attention = compiled_flex_attention()
+    q, k, v = (t.type_as(v).contiguous() for t in (q, k, v))
+    return attention(q, k, v, block_mask=block_mask, enable_gqa=enable_gqa)
 
 
 class RMSNorm(nn.RMSNorm):
+    """x (…, C) over its root mean square, times a learned weight (C,) (Zhang & Sennrich 2019)."""
+
     def forward(self, x):
-        if fused.fits(x, torch.float32):
+        if fused.can_fuse(x, torch.float32):
             return fused.RMSNorm.apply(x, self.weight, self.eps)
         return super().forward(x)
 
 
 class Attention(nn.Module):
+    """Multi-head attention (Vaswani et al. 2017), x (B, T, C) → (B, T, C), with grouped key/value heads.
+
+    rope: None, or cos and sin ([B,] T, 1, hs/2). mask: None, a tensor (…, T, S) that is True where a query
+    may look, or FlexAttention's BlockMask. is_causal: hide later tokens where mask is None. cache: None, or
+    the KVCache that the new keys and values are appended to."""
+
     def __init__(self, config: ModelConfig, layer):
         super().__init__()
-        self.layer, self.dropout, self.is_causal = layer, config.dropout, config.is_causal
-        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head or config.n_head
+        self.layer = layer
+        self.dropout = config.dropout
+        self.n_head = config.n_head
+        self.n_kv_head = config.n_kv_head or config.n_head
         self.head_size = config.n_embd // config.n_head
-        self.qk_norm, self.norm_eps = config.qk_norm, config.norm_eps
+        self.qk_norm = config.qk_norm
+        self.norm_eps = config.norm_eps
+        self.is_on_gpu = self.has_flash = False  # GPT sets them
         width = (self.n_head + 2 * self.n_kv_head) * self.head_size
         self.c_attn = nn.Linear(config.n_embd, width, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
@@ -112,40 +154,52 @@ class Attention(nn.Module):
 
     def heads(self, qkv, rope):
         """qkv (B, T, nh + 2 nkv, hs) → queries (B, nh, T, hs), keys and values (B, nkv, T, hs)."""
-        if fused.fits(qkv, torch.float32, torch.bfloat16):
-            return fused.Heads.apply(qkv, rope and torch.complex(*rope), self.n_head, self.n_kv_head,
-                                     self.norm_eps if self.qk_norm else None)
+        if fused.can_fuse(qkv, torch.float32, torch.bfloat16):
+            angles = torch.complex(*rope) if rope is not None else None
+            eps = self.norm_eps if self.qk_norm else None
+            return fused.Heads.apply(qkv, angles, self.n_head, self.n_kv_head, eps)
         qk, v = qkv.split([self.n_head + self.n_kv_head, self.n_kv_head], dim=2)
         if rope is not None:
             qk = apply_rope(qk, *rope)
         if self.qk_norm:
-            qk = F.rms_norm(qk, (self.head_size,), eps=self.norm_eps)
-        q, k = qk.split([self.n_head, self.n_kv_head], dim=2)
+            qk = F.rms_norm(qk, (self.head_size,), eps=self.norm_eps).type_as(v)
+        q, k = qk.split([self.n_head, self.n_kv_head], dim=2)  # (B, T, nh, hs), (B, T, nkv, hs)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
-    def forward(self, x, rope, mask, cache):
+    def forward(self, x, rope, mask, is_causal, cache):
         B, T, C = x.shape
-        q, k, v = self.heads(self.c_attn(x).view(B, T, -1, self.head_size), rope)
+        qkv = self.c_attn(x).view(B, T, -1, self.head_size)  # (B, T, nh + 2 nkv, hs)
+        q, k, v = self.heads(qkv, rope)  # (B, nh, T, hs), twice (B, nkv, T, hs)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, nkv, S, hs)
-        is_gqa = self.n_kv_head != self.n_head
+        is_grouped = self.n_kv_head != self.n_head
         if isinstance(mask, torch.Tensor | None):
-            y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0,
-                is_causal=self.is_causal and mask is None and T > 1, enable_gqa=is_gqa)
-        else:  # a BlockMask; autocast does not know this call, which wants one type
-            y = flex_attention(x.device.type)(q.type_as(v), k.type_as(v), v, block_mask=mask,
-                                              enable_gqa=is_gqa)
+            can_use_flash = self.has_flash and mask is None and v.element_size() == 2
+            if is_grouped and self.is_on_gpu and not can_use_flash:
+                # The other kernels cannot share heads, and torch would fall back to writing out all scores.
+                k = k.repeat_interleave(self.n_head // self.n_kv_head, dim=1)  # (B, nh, S, hs)
+                v = v.repeat_interleave(self.n_head // self.n_kv_head, dim=1)
+                is_grouped = False
+            dropout = self.dropout if self.training else 0.0
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout,
+                                               is_causal=is_causal, enable_gqa=is_grouped)  # (B, nh, T, hs)
+        else:
+            y = flex_attention(q, k, v, mask, is_grouped)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
 
 class MLP(nn.Module):
+    """Two linear layers and an activation between them, x (B, T, C) → (B, T, H) → (B, T, C).
+
+    With "swiglu" (Shazeer 2020) the first layer makes 2 H numbers, of which half are gates; two thirds of the
+    width then keep the number of parameters."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
-        # SwiGLU (Shazeer 2020) has a third matrix; two thirds of the width keep the number of parameters.
         self.gated = config.activation == "swiglu"
-        hidden = math.ceil(8 * config.n_embd / 3 / 16) * 16 if self.gated else 4 * config.n_embd
+        usual = math.ceil(8 * config.n_embd / 3 / 16) * 16 if self.gated else 4 * config.n_embd
+        hidden = config.n_hidden or usual
         self.c_fc = nn.Linear(config.n_embd, hidden * (2 if self.gated else 1), bias=config.bias)
         self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
         self.activation = {"gelu": F.gelu, "relu2": lambda x: F.relu(x).square(),  # So et al. 2021
@@ -153,9 +207,9 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        x = self.c_fc(x)
+        x = self.c_fc(x)  # (B, T, H), or (B, T, 2 H)
         if self.gated:
-            gate, x = x.chunk(2, dim=-1)
+            gate, x = x.chunk(2, dim=-1)  # each (B, T, H)
             x = self.activation(gate) * x
         else:
             x = self.activation(x)
@@ -163,6 +217,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """One Transformer block, x (B, T, C) → (B, T, C): attention and an MLP, each added to what it reads.
+
+    The norms come first (pre-norm; Xiong et al. 2020). Other arguments: those of Attention."""
+
     def __init__(self, config: ModelConfig, layer):
         super().__init__()
         self.ln_1 = RMSNorm(config.n_embd, eps=config.norm_eps)
@@ -170,12 +228,18 @@ class Block(nn.Module):
         self.ln_2 = RMSNorm(config.n_embd, eps=config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope, mask, cache):
-        x = x + self.attn(self.ln_1(x), rope, mask, cache)
+    def forward(self, x, rope, mask, is_causal, cache):
+        x = x + self.attn(self.ln_1(x), rope, mask, is_causal, cache)
         return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
+    """The language model: token ids (B, T) → logits (B, T, V), and the loss where targets are given.
+
+    `torch.compile(model)` gives a compiled model that shares the weights, while `model` itself stays eager,
+    for generation and scoring, whose many shapes would each be compiled anew.
+    Raises InputError where the config contradicts itself."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config.validate()
@@ -186,12 +250,7 @@ class GPT(nn.Module):
             "ln_f": RMSNorm(config.n_embd, eps=config.norm_eps) if config.final_norm == "rmsnorm"
             else nn.LayerNorm(config.n_embd, eps=1e-5, bias=False),
         })
-        if config.use_rope:
-            # Recomputed, not saved: a checkpoint holds weights only.
-            cos, sin = rope_table(config.block_size, config.n_embd // config.n_head, config.rope_theta)
-            self.register_buffer("rope_cos", cos, persistent=False)
-            self.register_buffer("rope_sin", sin, persistent=False)
-        else:
+        if not config.use_rope:
             self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
         if config.n_prev:
             self.transformer["prev"] = nn.ModuleList(
@@ -199,6 +258,7 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer["wte"].weight  # tied (Press & Wolf 2017)
         self.apply(self._init_weights)
+        self._set_up_device()
 
     def _init_weights(self, module):
         """GPT-2's: normal(0.02), and the projections back to the residual stream scaled by 1/√(2 n_layer)."""
@@ -209,9 +269,31 @@ class GPT(nn.Module):
         if isinstance(module, (Attention, MLP)):  # apply() visits the children before their parent
             nn.init.normal_(module.c_proj.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
+    def _apply(self, fn, recurse=True):
+        """What .to(), .cuda() and .bfloat16() call."""
+        super()._apply(fn, recurse)
+        self._set_up_device()
+        return self
+
+    def _set_up_device(self):
+        """Make what depends on the device and is not saved. The RoPE tables are float32 whatever the weights
+        are, since bfloat16 would give neighbouring positions one angle."""
+        config = self.config
+        head_size = config.n_embd // config.n_head
+        if config.use_rope:
+            cos, sin = rope_table(config.block_size, head_size, config.rope_theta)
+            self.register_buffer("rope_cos", cos.to(self.device), persistent=False)
+            self.register_buffer("rope_sin", sin.to(self.device), persistent=False)
+        # Asked here, since the compiler cannot trace the questions. FlexAttention wants heads of 16 or more.
+        self.use_flex_attention = has_flex_attention(self.device) and head_size >= 16
+        is_cuda = self.device.type == "cuda"
+        for block in self.transformer["h"]:
+            block.attn.is_on_gpu = is_cuda
+            block.attn.has_flash = is_cuda and torch.cuda.get_device_capability(self.device) >= (8, 0)
+
     @property
     def device(self):
-        return self.lm_head.weight.device
+        return self.transformer["wte"].weight.device
 
     def n_params(self):
         """Number of parameters; the tied embedding counts once."""
@@ -234,13 +316,16 @@ class GPT(nn.Module):
         the cross-entropy summed over the others and divided by their number, 0 where there are none.
         documents: (B, T) numbers (`documents_of`): attention and positions stay inside each document.
         cache: tokens read before; the new ones are appended. last_only: logits of the last token alone.
-        Returns logits (B, T, V) or (B, 1, V), and the loss, a scalar (None without targets)."""
-        B, T = idx.shape
+        Returns logits (B, T, V) or (B, 1, V), and the loss, a scalar (None without targets).
+        Raises InputError for more tokens than block_size."""
+        T = idx.size(1)
         past = cache.n_tokens if cache is not None else 0
-        if past + T > self.config.block_size:
+        limit = cache.limit if cache is not None else self.config.block_size
+        if past + T > limit:
             raise InputError(f"{past + T} tokens do not fit into the model's block_size "
                              f"{self.config.block_size}")
-        mask, positions = self._mask_and_positions(idx, documents, past)
+        mask, positions = self._mask_and_positions(idx, documents, cache)
+        is_causal = self.config.is_causal and mask is None and past == 0
 
         x = self.transformer["wte"](idx)  # (B, T, C)
         if self.config.n_prev:
@@ -252,12 +337,12 @@ class GPT(nn.Module):
             x = x + self.transformer["wpe"](positions)
         x = self.transformer["drop"](x)
         for block in self.transformer["h"]:
-            x = block(x, rope, mask, cache)
-        x = self.transformer["ln_f"](x)
+            x = block(x, rope, mask, is_causal, cache)
+        x = self.transformer["ln_f"](x)  # (B, T, C)
         if cache is not None:
             cache.n_tokens += T
 
-        logits = self.lm_head(x[:, -1:] if last_only else x)
+        logits = self.lm_head(x[:, -1:] if last_only else x)  # (B, T or 1, V)
         if targets is None:
             return logits, None
         total = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE,
@@ -269,42 +354,46 @@ class GPT(nn.Module):
 
         A short convolution over the tokens, after the n-gram embeddings of the Byte Latent Transformer
         (Pagnoni et al. 2024). Nothing stands before the first token, or before a document's first."""
-        T, total = idx.size(1), 0.0
-        seen = idx if cache is None else torch.cat([cache.last_ids, idx], dim=1)
-        for distance, table in enumerate(self.transformer["prev"], 1):
-            before = table(seen[:, :-distance][:, -T:])
-            before = F.pad(before, (0, 0, T - before.size(1), 0))
-            if documents is not None:
-                same = F.pad(documents[:, distance:] == documents[:, :-distance], (distance, 0))[:, :T]
-                before = before * same.unsqueeze(-1)
-            total = total + before
+        ids = idx
+        first = 0
+        columns = torch.arange(idx.size(1), device=idx.device)
         if cache is not None:
-            cache.last_ids = seen[:, -self.config.n_prev :]
+            ids = cache.ids
+            first = cache.first
+            columns = cache.columns(idx.size(1))
+            ids.index_copy_(1, columns, idx)
+        total = 0.0
+        for distance, table in enumerate(self.transformer["prev"], 1):
+            before = columns - distance  # (T,)
+            exists = before >= first  # (T,), or (B, T) of a padded batch
+            before = before.clamp(min=0)
+            if documents is not None:
+                exists = exists & (documents[:, before] == documents)  # (B, T)
+            total = total + table(ids[:, before]) * exists.unsqueeze(-1)  # (B, T, C)
         return total
 
-    def _mask_and_positions(self, idx, documents, past):
-        """The attention mask (None: plain causal or full), a BlockMask or a tensor that is True where a query
-        may look, and the positions."""
-        T, device = idx.size(1), idx.device
-        if documents is None:
-            positions = slice(past, past + T) if self.config.use_rope else \
-                torch.arange(past, past + T, device=device)
-            if past == 0 or T == 1:
-                return None, positions
-            # New tokens after cached ones: the diagonal starts `past` columns to the right.
-            return torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past), positions
-        # FlexAttention has no dropout, its kernel no head size below 16; it is compiled on its own.
-        if not torch.compiler.is_compiling() and has_flex_attention(device) \
-                and self.config.n_embd // self.config.n_head >= 16 \
-                and not (self.training and self.config.dropout):
-            return block_mask_of(documents, self.config.is_causal), positions_in(documents)
+    def _mask_and_positions(self, idx, documents, cache):
+        """The attention mask, as Attention takes it, and the positions: a slice, or a tensor ([B,] T)."""
+        if documents is not None:
+            return self._document_mask(documents), positions_in(documents)
+        if cache is not None:
+            return cache.mask_and_positions(idx.size(1))
+        if self.config.use_rope:
+            return None, slice(idx.size(1))
+        return None, torch.arange(idx.size(1), device=idx.device)
+
+    def _document_mask(self, documents):
+        """A BlockMask where FlexAttention, which has no dropout, serves; else a tensor (B, 1, T, T)."""
+        has_dropout = self.training and self.config.dropout > 0
+        if self.use_flex_attention and not has_dropout:
+            return block_mask_of(documents, self.config.is_causal)
         mask = documents[:, None, :, None] == documents[:, None, None, :]  # (B, 1, T, T)
-        if self.config.is_causal:
-            mask = mask.tril()
-        return mask, positions_in(documents)
+        return mask.tril() if self.config.is_causal else mask
 
 
 def batch_loss(model, x, y, document_mask=False, bos_id=None, eos_id=None):
-    """Mean loss of a batch x, y (B, T) on the model's device, a scalar tensor."""
+    """Mean loss of a batch x, y (B, T) on the model's device, a scalar tensor.
+
+    document_mask: let no token see another document of its window; bos_id and eos_id part the documents."""
     documents = documents_of(x, bos_id, eos_id) if document_mask else None
     return model(x, y, documents=documents)[1]

@@ -8,76 +8,132 @@ from config import TrainConfig
 
 
 def learning_rate(step, config: TrainConfig, seconds=0.0):
-    """Learning rate of a step (the first is 0): linear warm-up, then cosine or linear decay to min_lr."""
+    """Learning rate at `step`, counted from 0: linear warm-up, then cosine or linear decay to min_lr.
+
+    Where neither lr_decay_iters nor max_steps is set, the decay follows the clock: seconds of max_minutes."""
     if not config.decay_lr:
         return config.learning_rate
     if step < config.warmup_iters:
-        return config.learning_rate * (step + 1) / (config.warmup_iters + 1)  # never 0, not even at first
+        return config.learning_rate * (step + 1) / (config.warmup_iters + 1)  # above 0 from the first step on
     end = config.lr_decay_iters or config.max_steps
     if end:
         progress = min(1.0, (step - config.warmup_iters) / (end - config.warmup_iters))
-    else:  # the decay follows the clock
+    else:
         progress = min(1.0, seconds / (60 * config.max_minutes))
-    left = 0.5 * (1 + math.cos(math.pi * progress)) if config.lr_schedule == "cosine" else 1 - progress
-    return config.min_lr + left * (config.learning_rate - config.min_lr)
+    remaining = 1 - progress
+    if config.lr_schedule == "cosine":
+        remaining = 0.5 * (1 + math.cos(math.pi * progress))
+    return config.min_lr + remaining * (config.learning_rate - config.min_lr)
 
 
-def orthogonalize(matrix, coefficients, steps, eps):
-    """The nearest (semi-)orthogonal matrix, roughly, by Newton-Schulz iteration (Jordan et al. 2024).
+def orthogonalize(matrices, coefficients, steps, eps):
+    """The nearest (semi-)orthogonal matrices, roughly, by Newton-Schulz iteration (Jordan et al. 2024).
 
-    The same iteration as torch.optim.Muon's, in the matrix's own type: torch's runs in bfloat16, which a
-    CPU without bfloat16 instructions computes a hundred times slower than float32. A step multiplies X by
-    p = a I + b G + c G², G = X Xᵀ. Since these commute, we multiply them among themselves, as squares of the
-    short side, and X but once: a matrix four times as long as wide takes half the time."""
+    matrices: one matrix (m, n) or several (G, m, n), of float32; the result has that shape. It is the
+    iteration of torch.optim.Muon, X ← p X with p = a I + b G + c G² and G = X Xᵀ. Since all these p commute,
+    they are multiplied among themselves, as squares of the short side, and X once, which halves the time for
+    a matrix four times as long as wide."""
     a, b, c = coefficients
-    x = matrix.T if matrix.size(0) > matrix.size(1) else matrix
-    x = x / x.norm().clamp(min=eps)  # spectral norm at most 1
-    gram, product = x @ x.T, None
+    is_tall = matrices.size(-2) > matrices.size(-1)
+    multiply_add = torch.addmm if matrices.ndim == 2 else torch.baddbmm
+    x = matrices.mT if is_tall else matrices
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)  # spectral norm at most 1
+    gram = x @ x.mT
+    product = None
     for step in range(steps):
-        p = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-        p.diagonal().add_(a)
+        p = multiply_add(gram, gram, gram, beta=b, alpha=c)
+        p.diagonal(dim1=-2, dim2=-1).add_(a)
         product = p if product is None else p @ product
         if step < steps - 1:
             gram = p @ gram @ p
     x = product @ x
-    return x.T if matrix.size(0) > matrix.size(1) else x
+    return x.mT if is_tall else x
 
 
-class NotCompiled:
-    """An optimizer's methods without what hides them from torch.compile: its first call imports the compiler,
-    two seconds at the start of every training. No optimizer is compiled here."""
+def orthogonalize_bfloat16(matrices, coefficients, steps, eps):
+    """`orthogonalize` in bfloat16, as torch.optim.Muon computes it: X changes in each step.
 
-    add_param_group, zero_grad, state_dict, load_state_dict = (
-        getattr(method, "__wrapped__", method) for method in (
-            torch.optim.Optimizer.add_param_group, torch.optim.Optimizer.zero_grad,
-            torch.optim.Optimizer.state_dict, torch.optim.Optimizer.load_state_dict))
+    The product of all p, which orthogonalize uses, has entries too large for bfloat16's 8 bits to hold the
+    small ones beside them."""
+    a, b, c = coefficients
+    is_tall = matrices.size(-2) > matrices.size(-1)
+    multiply_add = torch.addmm if matrices.ndim == 2 else torch.baddbmm
+    x = matrices.bfloat16()
+    x = x.mT if is_tall else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        p = multiply_add(gram, gram, gram, beta=b, alpha=c)
+        x = multiply_add(x, p, x, beta=a)
+    return x.mT if is_tall else x
 
 
-class AdamW(NotCompiled, torch.optim.AdamW):
-    step = torch.no_grad()(getattr(torch.optim.AdamW.step, "__wrapped__", torch.optim.AdamW.step))
+class Muon(torch.optim.Muon):
+    """torch.optim.Muon, with its state and its rule, in groups of matrices of one shape.
 
+    On a GPU the matrices of a group are stacked and orthogonalised together, in a few large products instead
+    of many small ones. On a CPU, where that is slower (1.07 to 1.15 times), they go one by one.
+    rank, world_size: this process, and how many of the default process group hold the same model. Each
+    orthogonalises its share of a group and gets the rest from the others.
+    in_bfloat16: where bfloat16 is fast; elsewhere a CPU computes it a hundred times slower than float32."""
 
-class Muon(NotCompiled, torch.optim.Muon):
-    """torch.optim.Muon; its iteration is in bfloat16."""
-
-
-class Float32Muon(Muon):
-    """torch.optim.Muon, same state and same update rule, with a float32 iteration (see `orthogonalize`)."""
+    def __init__(self, params, rank=0, world_size=1, in_bfloat16=False, **settings):
+        super().__init__(params, adjust_lr_fn="match_rms_adamw", **settings)
+        self.rank = rank
+        self.world_size = world_size
+        self.in_bfloat16 = in_bfloat16
 
     @torch.no_grad()
     def step(self, closure=None):
+        pending = []
         for group in self.param_groups:
+            by_shape = {}
             for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                momentum = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-                update = orthogonalize(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
+                if p.grad is not None:
+                    by_shape.setdefault(p.shape, []).append(p)
+            for params in by_shape.values():
+                gathered, work = self._gather(self._orthogonal_share(params, group))
+                pending.append((group, params, gathered, work))
+        for group, params, gathered, work in pending:
+            if work is not None:
+                work.wait()
+            updates = gathered[: len(params)].to(params[0].dtype).unbind()
+            scale = 0.2 * math.sqrt(max(params[0].shape))  # to the size of AdamW's updates (Liu et al. 2025)
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(params, updates, alpha=-group["lr"] * scale)
+
+    def _orthogonal_share(self, params, group):
+        """Update the momentum of all params (m, n); return the orthogonal updates of this process's share of
+        them, (ceil(G / world_size), m, n), with zeros for what there is not."""
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        momentum = [self.state[p]["momentum_buffer"] for p in params]
+        grads = [p.grad for p in params]
+        torch._foreach_lerp_(momentum, grads, 1 - group["momentum"])
+        n_own = math.ceil(len(params) / self.world_size)
+        own = slice(self.rank * n_own, (self.rank + 1) * n_own)
+        updates = momentum[own]
+        if group["nesterov"] and updates:
+            updates = torch._foreach_lerp(grads[own], updates, group["momentum"])
+        iterate = orthogonalize_bfloat16 if self.in_bfloat16 else orthogonalize
+        settings = (group["ns_coefficients"], group["ns_steps"], group["eps"])
+        m, n = params[0].shape
+        dtype = torch.bfloat16 if self.in_bfloat16 else torch.float32
+        share = torch.zeros(n_own, m, n, dtype=dtype, device=params[0].device)
+        if updates and share.device.type == "cpu":
+            for row, update in zip(share, updates, strict=False):
+                row.copy_(iterate(update, *settings))
+        elif updates:
+            share[: len(updates)] = iterate(torch.stack(updates), *settings)
+        return share
+
+    def _gather(self, share):
+        """The shares of all processes, one after the other, and what to wait for before they are there."""
+        if self.world_size == 1:
+            return share, None
+        gathered = share.new_empty(self.world_size * len(share), *share.shape[1:])
+        return gathered, torch.distributed.all_gather_into_tensor(gathered, share, async_op=True)
 
 
 def set_lr(param_groups, lr):
@@ -110,36 +166,49 @@ class Optimizers:
         return [optimizer.state_dict() for optimizer in self.optimizers]
 
     def load_state_dict(self, states):
+        """Restore `state_dict`, except which kernel computes the step ("fused"): that is up to the device."""
         for optimizer, state in zip(self.optimizers, states, strict=True):
-            optimizer.load_state_dict(state)
+            groups = []
+            for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
+                groups.append({**saved, "fused": own["fused"]} if "fused" in own else saved)
+            optimizer.load_state_dict({**state, "param_groups": groups})
 
 
 def build_optimizer(model, config: TrainConfig, fast_bfloat16=False, rank=0, world_size=1):
     """AdamW for everything, or Muon for the matrices inside the blocks and AdamW for the rest.
 
-    Weight decay goes to matrices alone, as in GPT-2 and nanoGPT. Muon's update is scaled to AdamW's size
-    (Liu et al. 2025), so that both take one learning rate. The embeddings, of which a step sees a few
-    rows, may take a higher one (`embedding_lr`; the tables of preceding tokens, which are summed with the
-    token's, their share of it). The weight decay of a step stays that of the rest."""
-    rest, muon = [], []
+    Weight decay applies to matrices only, as in GPT-2 and nanoGPT. Muon's update is scaled to AdamW's size,
+    so that both use one learning rate. The embeddings, of which a step reads a few rows, may have a higher
+    one (`embedding_lr`; the tables of preceding tokens, which are summed with the token's, a share of it).
+    The weight decay of a step stays that of the rest. fast_bfloat16: is bfloat16 faster than float32 on the
+    model's device? rank, world_size: see Muon.
+
+    The first step of a process imports torch's compiler, which torch's optimizers ask for: 1.0 s of CPU time,
+    as much as importing torch."""
+    rest = []
+    hidden = []
     for name, p in model.named_parameters():
         is_hidden_matrix = p.ndim == 2 and ".h." in name
-        (muon if config.optimizer == "muon" and is_hidden_matrix else rest).append(p)
+        if config.optimizer == "muon" and is_hidden_matrix:
+            hidden.append(p)
+        else:
+            rest.append(p)
     groups = []
     if config.embedding_lr != 1:
-        tables = [[model.lm_head.weight], [p for name, p in model.named_parameters() if ".prev." in name]]
-        factors = config.embedding_lr, max(1.0, config.embedding_lr / (1 + model.config.n_prev))
-        groups = [{"params": params, "weight_decay": config.weight_decay / factor, "lr_factor": factor}
-                  for params, factor in zip(tables, factors, strict=True)]
-        taken = {p for params in tables for p in params}
-        rest = [p for p in rest if p not in taken]
-    groups += [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
-               {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
-    fused = model.lm_head.weight.device.type in ("cuda", "cpu")
-    optimizers = [AdamW([group for group in groups if group["params"]], lr=config.learning_rate,
-                        betas=(config.beta1, config.beta2), fused=fused)]
-    if muon:
-        kind = Muon if fast_bfloat16 else Float32Muon
-        optimizers.append(kind(muon, lr=config.learning_rate, weight_decay=config.weight_decay,
-                               adjust_lr_fn="match_rms_adamw"))
-    return Optimizers(optimizers)
+        prev_tables = [p for name, p in model.named_parameters() if ".prev." in name]
+        prev_factor = max(1.0, config.embedding_lr / (1 + model.config.n_prev))
+        for params, factor in (([model.lm_head.weight], config.embedding_lr), (prev_tables, prev_factor)):
+            groups.append({"params": params, "weight_decay": config.weight_decay / factor,
+                           "lr_factor": factor})
+        embeddings = {p for group in groups for p in group["params"]}
+        rest = [p for p in rest if p not in embeddings]
+    groups.append({"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay})
+    groups.append({"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0})
+    device_type = model.lm_head.weight.device.type
+    adamw = torch.optim.AdamW([group for group in groups if group["params"]], lr=config.learning_rate,
+                              betas=(config.beta1, config.beta2), fused=device_type in ("cuda", "cpu"))
+    if not hidden:
+        return Optimizers([adamw])
+    muon = Muon(hidden, rank, world_size, in_bfloat16=fast_bfloat16,
+                lr=config.learning_rate, weight_decay=config.weight_decay)
+    return Optimizers([adamw, muon])

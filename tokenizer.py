@@ -11,18 +11,20 @@ In Python:
 Ids 0 to 5 are the special tokens, then come the distinct characters of the text, sorted.
 """
 
+import functools
+import hashlib
 import json
 import os
 from collections import Counter
 
 import numpy as np
 
-from config import InputError, read_json
+from config import InputError, atomic_write, read_json
 
 SPECIAL_TOKENS = ["<|Padding|>", "<|unknown|>", "<|bos|>", "<|eos|>", "<|InstructMark|>", "<|ResponseMark|>"]
 CODE_POINTS = 0x110000
-LONG = 0xFFFFFFFF  # stands where an entry of several characters has no single code point
-# Surrogates are code points that no character has: here they stand for the special tokens.
+LONG = 0xFFFFFFFF  # marks an entry of several characters, which has no single code point
+# Surrogates are code points that no character has: here they represent the special tokens.
 SPECIAL_CODES = range(0xD800, 0xDFFF)
 NO_CHARACTER = 0xDFFF
 
@@ -43,19 +45,23 @@ def code_points(text):
 
 
 def is_surrogate(codes):
+    """Whether code points (a number or an array) are halves of a surrogate pair."""
     return codes >> 11 == NO_CHARACTER >> 11
 
 
 class Tokenizer:
     """A vocabulary and the lookup tables that make encoding and decoding one NumPy call each.
 
-    itos: list, token id -> string.  stoi: dict, string -> token id.
-    special_tokens: the entries of the form <|…|>, which `encode` finds only where it is asked to.
+    itos: list, token id -> string.
+    stoi: dict, string -> token id.
+    special_tokens: the entries of the form <|…|>, which `encode` recognises only if asked to.
     pad_id, unknown_id, bos_id, eos_id, instruct_id, response_id: their ids.
-    dtype: the type of encoded ids, uint16 where the vocabulary fits.
+    dtype: the type of encoded ids, uint16 if the vocabulary fits.
+    name: where the vocabulary comes from (a file), for messages.
     """
 
     def __init__(self, itos, special_tokens, where="tokenizer"):
+        self.name = where
         self.itos = itos
         self.stoi = {token: i for i, token in enumerate(itos)}
         if len(self.stoi) < len(itos):
@@ -70,12 +76,15 @@ class Tokenizer:
     def _find_special_ids(self, where):
         # The reference project spells <|instruct_mark|> where we spell <|InstructMark|>.
         ids = {token.strip("<|>").replace("_", "").lower(): self.stoi[token] for token in self.special_tokens}
-        roles = ("padding", "unknown", "bos", "eos", "instructmark", "responsemark")
-        for role in roles:
+        for role in ("padding", "unknown", "bos", "eos", "instructmark", "responsemark"):
             if role not in ids:
                 raise InputError(f"{where}: has no special token <|{role}|>")
-        (self.pad_id, self.unknown_id, self.bos_id, self.eos_id,
-         self.instruct_id, self.response_id) = (ids[role] for role in roles)
+        self.pad_id = ids["padding"]
+        self.unknown_id = ids["unknown"]
+        self.bos_id = ids["bos"]
+        self.eos_id = ids["eos"]
+        self.instruct_id = ids["instructmark"]
+        self.response_id = ids["responsemark"]
 
     def _build_tables(self):
         self._id_of_code = np.full(CODE_POINTS, self.unknown_id, dtype=self.dtype)
@@ -95,6 +104,12 @@ class Tokenizer:
         for first, lengths in self._word_lengths.items():
             self._word_lengths[first] = sorted(lengths, reverse=True)
 
+    @functools.cached_property
+    def fingerprint(self):
+        """16 hexadecimal digits that differ for different vocabularies (the start of a SHA-256)."""
+        content = json.dumps([self.itos, sorted(self.special_tokens)])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
     @classmethod
     def build(cls, texts):
         """A tokenizer of every distinct character of `texts` (strings, or single characters)."""
@@ -105,9 +120,9 @@ class Tokenizer:
         return cls(SPECIAL_TOKENS + characters, SPECIAL_TOKENS)
 
     def encode(self, text, allow_special=False):
-        """Token ids of a string, shape (tokens,), dtype `self.dtype`; what is not known becomes unknown_id.
+        """Token ids of a string, shape (tokens,), dtype `self.dtype`; unknown characters become unknown_id.
 
-        With `allow_special`, the text of a special token becomes that token; without, its characters stay
+        With `allow_special`, the text of a special token becomes that token; without, it stays ordinary
         characters, so that nobody can end a turn by typing <|eos|> into a question.
         """
         if self._word_lengths:
@@ -115,11 +130,12 @@ class Tokenizer:
         return self._id_of_code.take(self._codes(text, allow_special))
 
     def _codes(self, text, allow_special):
-        """The code points of a text; a special token, if allowed, as one of SPECIAL_CODES. (tokens,)"""
+        """The code points of a text, shape (tokens,); special tokens, if allowed, are among SPECIAL_CODES."""
         codes = code_points(text)
         if not (allow_special and "<|" in text):
             return codes
-        merged, keep = codes.copy(), np.ones(len(codes), dtype=bool)
+        merged = codes.copy()
+        keep = np.ones(len(codes), dtype=bool)
         opened = np.flatnonzero(codes[:-1] == ord("<"))
         opened = opened[codes[opened + 1] == ord("|")]
         for token, code in self._special_codes.items():
@@ -132,15 +148,16 @@ class Tokenizer:
         return merged[keep]
 
     def unknown(self, text, allow_special=False):
-        """The characters of a text that are not in the vocabulary, each with its number, as a Counter."""
+        """The characters of a text that are not in the vocabulary, with their numbers, as a Counter."""
         codes = self._codes(text, allow_special)
         codes = codes[self._id_of_code.take(codes) == self.unknown_id].astype("<u4")
         codes = codes[codes != self._special_codes[self.itos[self.unknown_id]]]
         return Counter(str(codes, "utf-32-le", "surrogatepass"))
 
     def _encode_words(self, text, allow_special):
-        """The longest entry that matches, again and again: the reference project's rule for words."""
-        ids, start = [], 0
+        """Repeatedly take the longest entry that matches: the reference project's rule for words."""
+        ids = []
+        start = 0
         special_lengths = sorted({len(token) for token in self.special_tokens}, reverse=True)
         while start < len(text):
             lengths = [*self._word_lengths.get(text[start], ()), 1]
@@ -169,9 +186,10 @@ class Tokenizer:
             ids = ids[~self._is_special[ids]]
         codes = self._code_of_id.take(ids)
         long = np.flatnonzero(codes == LONG)
-        codes[long] = 0  # holds the place of an entry of several characters
+        codes[long] = 0  # a placeholder for an entry of several characters
         text = str(codes, "utf-32-le", "surrogatepass")
-        pieces, start = [], 0
+        pieces = []
+        start = 0
         for i in long.tolist():
             pieces += [text[start:i], self.itos[ids[i]]]
             start = i + 1
@@ -183,15 +201,15 @@ class Tokenizer:
 
     @classmethod
     def from_dict(cls, values, where="tokenizer_config"):
-        """The opposite of `to_dict`; also takes the reference project's dicts (itos keyed by id, words).
+        """The opposite of `to_dict`; also accepts the reference project's dicts (itos keyed by id, words).
 
-        Raises InputError that begins with `where` if keys are missing or do not fit together."""
+        Raises InputError that begins with `where` if keys are missing or contradict each other."""
         for key in ("vocab_size", "special_tokens", "itos"):
             if key not in values:
                 raise InputError(f'{where}: the key "{key}" is missing')
         itos = values["itos"]
         if isinstance(itos, dict):
-            by_id = {str(i): token for i, token in itos.items()}  # JSON makes strings of the ids
+            by_id = {str(i): token for i, token in itos.items()}  # JSON turns the ids into strings
             itos = [by_id.get(str(i)) for i in range(len(by_id))]
         if not isinstance(itos, list) or not all(isinstance(token, str) and token for token in itos):
             raise InputError(f"{where}: itos must give a non-empty string for every id from 0 on")
@@ -214,29 +232,35 @@ class Tokenizer:
         return cls(itos, special_tokens, where)
 
     def save(self, path):
-        """Write the tokenizer as JSON, all or nothing: a temporary file in the same folder, then renamed."""
-        temporary = f"{path}.{os.getpid()}.tmp"
-        with open(temporary, "w", encoding="utf-8") as file:
-            try:
-                json.dump(self.to_dict(), file)
-                file.flush()
-                os.fsync(file.fileno())
-                os.replace(temporary, path)
-            except BaseException:
-                os.remove(temporary)
-                raise
+        """Write the tokenizer as JSON, whole or not at all. Raises InputError naming the file."""
+        with atomic_write(path, "w") as file:
+            json.dump(self.to_dict(), file)
 
     @classmethod
     def load(cls, path):
         """A tokenizer from its JSON file. Raises InputError naming the file and what is wrong with it."""
-        return cls.from_dict(read_json(path), path)
+        if not os.path.exists(path):
+            raise InputError(f"{path}: no such file; python data.py writes it")
+        if is_checkpoint(path):
+            raise InputError(f"{path}: a checkpoint, not a tokenizer; run python checkpoint.py {path} "
+                             "tokenizer.json, then give that file")
+        return cls.from_dict(read_json(path), str(path))
+
+
+def is_checkpoint(path):
+    """Whether a file begins as torch.save's files do (a zip archive, or a pickle in old ones)."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(4).startswith((b"PK", b"\x80"))
+    except OSError:
+        return False  # read_json says what is wrong
 
 
 class GrowingTokenizer(Tokenizer):
-    """A tokenizer that takes up every new character of what it encodes, in the order in which they turn up.
+    """A tokenizer that adds every new character it encodes to its vocabulary, in order of appearance.
 
-    So a text need not be read once for its vocabulary and then again. `in_order` gives the final Tokenizer.
-    Raises OverflowError when there are more entries than ids of `dtype`."""
+    A text then needs to be read once only, instead of once for its vocabulary and once for its ids.
+    `in_order` gives the final Tokenizer. Raises OverflowError if `dtype` has too few ids."""
 
     def __init__(self, dtype):
         super().__init__(list(SPECIAL_TOKENS), SPECIAL_TOKENS)
@@ -263,13 +287,14 @@ class GrowingTokenizer(Tokenizer):
         return len(codes)
 
     def in_order(self):
-        """The tokenizer of the same characters, sorted, and its ids for those given so far, (vocab_size,)."""
+        """(tokenizer, new_ids): the Tokenizer of the same characters, sorted, and its id for each id given so
+        far, shape (vocab_size,)."""
         tokenizer = Tokenizer.build(self.itos[len(SPECIAL_TOKENS):])
         return tokenizer, np.array([tokenizer.stoi[token] for token in self.itos], self.dtype)
 
 
 def join_ids(tokenizer, parts):
-    """Arrays and lists of ids, one after the other, in the tokenizer's dtype."""
+    """Arrays and lists of ids concatenated, shape (tokens,), in the tokenizer's dtype."""
     return np.concatenate(parts, dtype=tokenizer.dtype, casting="unsafe")
 
 
@@ -279,12 +304,13 @@ def encode_question(tokenizer, question):
 
 
 def encode_conversation(tokenizer, turns):
-    """Ids and loss mask of a conversation, a list of (question, answer), maybe empty.
+    """Ids and loss mask of a conversation, a list of (question, answer) that may be empty.
 
-    A turn is <|InstructMark|>question<|ResponseMark|>answer<|eos|>. mask[i] is 1 where predicting token i
-    counts: on the answer and its <|eos|>. Returns (ids, mask), both of shape (tokens,), mask uint8.
+    A turn is <|InstructMark|>question<|ResponseMark|>answer<|eos|>. mask[i] is 1 if predicting token i
+    counts: the answer and its <|eos|>. Returns (ids, mask), both of shape (tokens,), mask uint8.
     """
-    parts, counts = [[]], [np.empty(0, np.uint8)]
+    parts = [[]]
+    counts = [np.empty(0, np.uint8)]
     for question, answer in turns:
         asked = encode_question(tokenizer, question)
         answered = tokenizer.encode(answer)

@@ -233,7 +233,7 @@ def setup_training(args, strategy):
     def make_loaders(model_config, start):
         shared = dict(task=args.task, block_size=model_config.block_size, batch_size=config.batch_size,
                       seed=config.random_seed, rank=strategy.rank, world_size=strategy.world_size,
-                      vocab_size=tokenizer.vocab_size)
+                      tokenizer=tokenizer)
         loader = DataLoader([pair[0] for pair in paths], **shared)
         loader.require_full_batches()
         return loader, DataLoader([pair[1] for pair in paths], **shared)

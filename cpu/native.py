@@ -1,10 +1,10 @@
-"""C files of this project, compiled in the background by the system's compiler, once on a machine.
+"""Compiles the C files of this folder in the background, with the system's compiler, once on each machine.
 
-    native.start("decode.c")        # begins to compile, unless it was done before; takes about a second
+    native.start("decode.c")        # begins to compile, unless that was done before; takes about a second
     native.library("decode.c")      # the ctypes library; None while it is not ready, or cannot be made
-    native.wait("decode.c")         # the same, but waits for it: for what measures or tests it
+    native.wait("decode.c")         # the same, but waits for the compiler
 
-The result lies in __pycache__, under a name that changes with the source and the processor. Nothing here
+The result is in __pycache__, under a name that changes with the source and the processor. Nothing here
 imports torch, so that a script can compile while that is being imported.
 """
 
@@ -34,14 +34,16 @@ def processor():
 
 @functools.cache
 def start(source):
-    """Compile `source`, a file beside this one, unless that was done; returns the library's path, or None."""
+    """Compile `source`, a file in this folder, unless that was done; returns the library's path, or None."""
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if not compiler:
         return None
-    source, folder = os.path.join(HERE, source), os.path.join(HERE, "__pycache__")
+    source = os.path.join(HERE, source)
+    folder = os.path.join(HERE, "__pycache__")
     try:
         with open(source, "rb") as f:
-            key = hashlib.sha256(f.read() + repr((compiler, FLAGS, processor())).encode()).hexdigest()[:16]
+            content = f.read() + repr((compiler, FLAGS, processor())).encode()
+        key = hashlib.sha256(content).hexdigest()[:16]
         stem = os.path.splitext(os.path.basename(source))[0]
         path = os.path.join(folder, f"{stem}-{key}.so")
         if os.path.exists(path):
@@ -49,7 +51,8 @@ def start(source):
         os.makedirs(folder, exist_ok=True)
         temporary = f"{path}.{os.getpid()}.tmp"
         command = shlex.join([*shlex.split(compiler), *FLAGS, source, "-o", temporary, "-lm"])
-        # On its own, so that a program that ends sooner need not wait for it; without OpenMP if need be.
+        # In its own session, so that a script that ends sooner does not wait for it. The second command is
+        # for compilers without OpenMP.
         COMPILING[path] = subprocess.Popen(
             ["sh", "-c", f"{{ {command} -fopenmp || {command}; }} && mv {shlex.join([temporary, path])}"],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -61,6 +64,7 @@ def start(source):
 
 @functools.cache
 def load(path):
+    """The library at `path`; None where it cannot be loaded."""
     try:
         return ctypes.CDLL(path)
     except OSError:
@@ -68,13 +72,13 @@ def load(path):
 
 
 def library(source):
-    """The compiled library as ctypes has it, or None."""
+    """The compiled library of `source`, or None."""
     path = start(source)
     return load(path) if path and os.path.exists(path) else None
 
 
 def wait(source, seconds=60):
-    """The library, after it has been compiled or cannot be."""
+    """The library of `source` after the compiler has ended; None if that failed, or took longer."""
     process = COMPILING.get(start(source))
     if process:
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -1,29 +1,32 @@
-"""Write the sample data: a small world of true facts about amateur radio, told and asked in many wordings.
+"""Write the sample data: true facts about amateur radio, stated and asked about in many wordings.
 
-    python dataset/make_sample.py                     # into the folder that this script lies in
+    python dataset/make_sample.py                     # into the folder of this script
     python dataset/make_sample.py --out /tmp/sample --seed 7
 
-Three files come of it, the same bytes for the same seed:
+It writes three files, the same bytes for the same seed:
 
     sample_pretrain.txt    running text; every document is `<|bos|>text<|eos|>` and starts a new line
     sample_sft.jsonl       {"question": ..., "answer": ...}, or {"messages": [...]} for a conversation
     sample_heldout.jsonl   questions in wordings that occur in neither file above; their answers do occur
 
 To add a family of facts, append one `Family` to FAMILIES. Its texts are templates: `{field}` is a field of
-the fact, `[a|b]` is a choice that is made anew each time, and templates are parted by " / " or a new line.
+the fact, `[a|b]` is a choice that is made again each time, and " / " or a new line separates templates.
 
-Sources: ICAO Annex 10 (spelling alphabet), ITU-R M.1677 (Morse code), ITU-R M.1172 and the custom of
-amateurs (Q codes, abbreviations), the ITU Radio Regulations for region 3 as China applies them (bands), the
+Sources: ICAO Annex 10 (spelling alphabet), ITU-R M.1677 (Morse code), ITU-R M.1172 and amateur
+practice (Q codes, abbreviations), the ITU Radio Regulations for region 3 as China applies them (bands), the
 ITU call sign series (prefixes), the ARRL's wording of the RST system (signal reports).
 """
 
-import argparse
 import json
 import os
 import random
 import re
 import sys
 from dataclasses import dataclass
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # for config.py
+
+from config import InputError, Parser, atomic_write, run_script
 
 TEXT_BYTES = 1_700_000  # the length of the pretraining text, to within one document
 ENGLISH_SHARE = 0.12  # of the documents
@@ -103,7 +106,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Family:
-    """Facts of one kind, how they are told and how they are asked."""
+    """Facts of one kind, and the wordings that state them and ask for them."""
 
     title: str
     intro: str
@@ -116,14 +119,14 @@ class Family:
 
 
 def table(fields, text):
-    """Facts from `text`: entries are parted by commas, fields by spaces; the last field takes the rest."""
+    """Facts from `text`: commas separate entries, spaces separate fields; the last field is the rest."""
     names = fields.split()
     entries = [entry.split(maxsplit=len(names) - 1) for entry in re.split(r",\s+", text)]
     return [dict(zip(names, entry, strict=True)) for entry in entries]
 
 
 def forms(templates):
-    """The templates in a text, in which " / " or a new line stands between two."""
+    """The templates in a text, separated by " / " or new lines."""
     return [form.strip() for form in re.split(r" / |\n", templates) if form.strip()]
 
 
@@ -316,19 +319,19 @@ FAMILIES = [
 
 
 def deck(rng, items):
-    """Deal `items` in random order, for ever: each comes up equally often."""
+    """Yield `items` in random order, again and again: each occurs equally often."""
     while True:
         yield from rng.sample(items, len(items))
 
 
 def fill(rng, template, fact):
-    """The template with its choices made and the fact's fields put in."""
+    """The template with its choices made and its fields filled in from the fact."""
     chosen = re.sub(r"\[(.*?)\]", lambda choice: rng.choice(choice[1].split("|")), template)
     return chosen.format(**fact).strip()
 
 
 def decorate(rng, question, ask):
-    """The question as one or another person would put it: politely or not, with or without a mark."""
+    """The question as different people would ask it: politely or not, with or without a question mark."""
     order = question.startswith(ORDERS)
     openings, endings = POLITE, ["", "？"] if question.endswith("吗") else ["", "？", "呢", "呢？"]
     if not ask.polite:
@@ -349,7 +352,7 @@ def follow_up(rng, ask, fact):
 
 
 def normalise(text):
-    """`text` in lower case without polite words, spaces, particles and marks: what it asks at heart."""
+    """`text` in lower case without polite words, particles, spaces and marks: the core of a question."""
     marks = r"[，。？！：；、“”?!, ]|(?<=[a-z])\.$"
     bare = core = re.sub(marks, "", text.lower())
     for polite in sorted(POLITE + POLITE_ORDER + POLITE_EN, key=len, reverse=True):
@@ -361,7 +364,7 @@ def normalise(text):
 
 
 def sentences(rng, family, facts, english):
-    """A sentence on each fact. The canonical answers are among the wordings, since SFT will ask for them."""
+    """A sentence on each fact. The answers of the questions are among the wordings, as SFT asks for them."""
     tell = forms(family.tell_en if english else family.tell)
     tell += [ask.answer for ask in family.asks if ask.english == english and "{" in ask.answer]
     return [fill(rng, rng.choice(tell), fact) for fact in facts]
@@ -426,7 +429,7 @@ def spelling(rng, word):
 
 
 def contact(rng):
-    """A contact between two stations, as a log entry or as it sounded."""
+    """A contact between two stations, as a log entry or as spoken."""
     band, prefix, abbreviation = (rng.choice(facts) for facts in (BAND, PREFIX, ABBREVIATION))
     low, high = (round(float(edge) * 1000) for edge in band["range"].removesuffix(" MHz").split("-"))
     frequency = f"{rng.randint(low, high) / 1000:.7g} MHz"
@@ -448,7 +451,7 @@ def contact(rng):
 
 
 def document(rng):
-    """A document of one kind or another; the more can be asked about a family, the more is told of it."""
+    """A document of a random kind; families with more questions get more documents."""
     chance = rng.random()
     if chance < 0.05:
         return contact(rng)
@@ -463,7 +466,7 @@ def document(rng):
 
 
 def pretraining_lines(rng):
-    """Documents, wrapped and each on a new line, until there are TEXT_BYTES of them."""
+    """Lines of marked documents, TEXT_BYTES of them in total."""
     lines, size = [], 0
     while size < TEXT_BYTES:
         lines.append(f"<|bos|>{document(rng)}<|eos|>\n")
@@ -475,7 +478,7 @@ def pretraining_lines(rng):
 
 
 def training_pairs(rng, ask, facts):
-    """(question, answer), PAIRS of them for every fact; the templates take turns, the questions differ."""
+    """PAIRS different (question, answer) for every fact; the templates are used equally often."""
     pairs = {}
     for number, fact in enumerate(facts, 1):
         templates = deck(rng, ask.questions())
@@ -493,7 +496,8 @@ def held_out_pairs(rng, ask, facts):
 
 
 def training_rows(rng, ask, facts):
-    """Lists of (question, answer): every training pair of `ask`, some strung together and followed up."""
+    """Lists of (question, answer): every training pair of `ask`, some joined into conversations with
+    follow-up questions."""
     pairs = training_pairs(rng, ask, facts)
     longest = max(tokens([pair]) for pair in pairs)
     rng.shuffle(pairs)
@@ -511,7 +515,7 @@ def training_rows(rng, ask, facts):
 
 
 def tokens(turns):
-    """The length of a row in training: its characters and three marks a turn."""
+    """The length of a row in training: its characters and three special tokens a turn."""
     return sum(len(question) + len(answer) + 3 for question, answer in turns)
 
 
@@ -526,23 +530,17 @@ def row(turns):
     return json.dumps(content, ensure_ascii=False) + "\n"
 
 
-def write_atomically(path, lines):
-    """Write the file whole or not at all: a reader never finds half of it."""
-    unfinished = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(unfinished, "w", encoding="utf-8", newline="\n") as file:
-            file.writelines(lines)
-        os.replace(unfinished, path)
-    finally:
-        if os.path.exists(unfinished):
-            os.remove(unfinished)
+def write_lines(path, lines):
+    """Write the file whole or not at all, with the same bytes on every system. Raises InputError."""
+    with atomic_write(path) as file:
+        file.writelines(line.encode() for line in lines)
 
 
 def write_sample(folder, seed=1337):
-    """Write the three sample files into `folder`, which is made where it is missing.
+    """Write the three sample files into `folder`, which is created if it is missing.
 
     Returns their paths ("pretrain", "sft", "heldout") and counts: "documents", "bytes" of pretraining text,
-    "rows" and "conversations" (rows of several turns) of training, "held_out" questions. Raises OSError.
+    "rows" and "conversations" (rows of several turns) of training, "held_out" questions. Raises InputError.
     """
     rng = random.Random(seed)
     asked = [(ask, family.facts) for family in FAMILIES for ask in family.asks]
@@ -551,32 +549,30 @@ def write_sample(folder, seed=1337):
     held_out = [[pair] for ask, facts in asked for pair in held_out_pairs(rng, ask, facts)]
     rng.shuffle(rows)
     rng.shuffle(held_out)
-    os.makedirs(folder, exist_ok=True)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be made ({error.strerror})") from None
     paths = {name: os.path.join(folder, f"sample_{name}.{end}") for name, end in
              (("pretrain", "txt"), ("sft", "jsonl"), ("heldout", "jsonl"))}
-    write_atomically(paths["pretrain"], text)
-    write_atomically(paths["sft"], map(row, rows))
-    write_atomically(paths["heldout"], map(row, held_out))
+    write_lines(paths["pretrain"], text)
+    write_lines(paths["sft"], map(row, rows))
+    write_lines(paths["heldout"], map(row, held_out))
     return paths | {"documents": len(text), "bytes": os.path.getsize(paths["pretrain"]), "rows": len(rows),
                     "conversations": sum(len(turns) > 1 for turns in rows), "held_out": len(held_out)}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     here = os.path.dirname(os.path.abspath(__file__))
+    parser = Parser(__doc__)
     parser.add_argument("--out", default=here, metavar="DIR", help="folder to write into (default: its own)")
     parser.add_argument("--seed", type=int, default=1337, help="the same seed writes the same bytes")
-    arguments = parser.parse_args()
-    try:
-        made = write_sample(arguments.out, arguments.seed)
-    except OSError as error:
-        print(f"error: cannot write the sample: {error}", file=sys.stderr)
-        return 2
+    args = parser.parse_args()
+    made = write_sample(args.out, args.seed)
     print(f"{made['pretrain']}: {made['documents']:,} documents, {made['bytes'] / 1e6:.2f} MB")
     print(f"{made['sft']}: {made['rows']:,} rows, {made['conversations']:,} of them conversations")
     print(f"{made['heldout']}: {made['held_out']:,} questions in wordings that training never saw")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -99,7 +99,7 @@ class Workspace:
         before = os.getcwd()
         os.chdir(self.path)
         try:
-            with mock.patch.object(sys, "argv", list(map(str, words))), \
+            with mock.patch.object(sys, "argv", list(map(str, words or ["script"]))), \
                     mock.patch.object(metrics.time, "strftime", lambda _: f"{next(self.stamps):04}"):
                 yield
         finally:

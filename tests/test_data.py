@@ -9,7 +9,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import data
+import data_json
+import data_text
 from config import InputError
+from data_inputs import TEXT, Source
+from data_json import parse_row
+from data_split import Counts, NpyWriter
 from tokenizer import SPECIAL_TOKENS, Tokenizer
 
 DOCUMENTS = [f"<|bos|>Document {n}: {'abcdefgh' * (n % 7 + 1)}。第{n}篇。<|eos|>\n" for n in range(200)]
@@ -100,6 +105,16 @@ def test_spans_of_unmarked_text_cover_every_token_once(prepare, tmp_path):
     assert prepared.result["pretrain"][0]["split"].startswith("spans")
 
 
+def test_spans_do_not_depend_on_the_size_of_chunks(prepare, tmp_path, monkeypatch):
+    path = write_text(tmp_path / "a.txt", "".join(chr(0x4E00 + n) for n in range(5000)))
+    whole = prepare("--pretrain", path, out="whole")
+    monkeypatch.setattr(data_text, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(data_text, "LONGEST_DOCUMENT", 150)
+    parts = prepare("--pretrain", path, out="parts")
+    for side in ("train", "val"):
+        assert parts.text(f"pretrain_{side}") == whole.text(f"pretrain_{side}")
+
+
 def test_the_split_is_the_same_for_the_same_seed_and_another_for_another(prepare, tmp_path):
     documents = write_text(tmp_path / "a.txt", "".join(DOCUMENTS))
     unmarked = write_text(tmp_path / "b.txt", "".join(chr(0x4E00 + n) for n in range(5000)))
@@ -121,7 +136,7 @@ def test_twenty_documents_always_leave_one_for_validation(prepare, tmp_path, see
     assert len(prepared.array("pretrain_val")) > 16
 
 
-def test_one_long_document_among_short_ones_is_parted_in_spans(prepare, tmp_path):
+def test_one_long_document_among_short_ones_is_split_into_spans(prepare, tmp_path):
     text = "<|bos|>x<|eos|>" * 30 + "<|bos|>" + "abcdefgh" * 500 + "<|eos|>"
     prepared = prepare("--pretrain", write_text(tmp_path / "a.txt", text), block_size=128)
     assert prepared.result["pretrain"][0]["split"].startswith("spans")
@@ -133,7 +148,7 @@ def test_special_token_at_a_chunk_edge_is_one_token(prepare, tmp_path, monkeypat
     text = "".join(DOCUMENTS[:30]) + "<|Padding|><|InstructMark|>中<|Resp<|x"
     path = write_text(tmp_path / "a.txt", text)
     whole = prepare("--pretrain", path, out="whole")
-    monkeypatch.setattr(data, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(data_text, "CHUNK_BYTES", chunk_bytes)
     parts = prepare("--pretrain", path, out="parts")
     for side in ("train", "val"):
         assert parts.array(f"pretrain_{side}").tolist() == whole.array(f"pretrain_{side}").tolist()
@@ -145,38 +160,41 @@ def test_special_token_at_a_chunk_edge_is_one_token(prepare, tmp_path, monkeypat
 @given(pieces=st.lists(st.sampled_from(["a", "中", "\n", "\n\n", " ", "\r", "<", "<|bos|>", "<|eos|>"])),
        chunk_bytes=st.integers(1, 40))
 @example(pieces=["a", "\n\n", " ", "\n", "a"], chunk_bytes=3)
+@example(pieces=["<|eos|>", *"aaaaaaa"], chunk_bytes=7)
 @settings(max_examples=60, deadline=None)
-def test_documents_do_not_hang_on_the_size_of_chunks(tmp_path_factory, how, pieces, chunk_bytes):
+def test_documents_do_not_depend_on_the_size_of_chunks(tmp_path_factory, how, pieces, chunk_bytes):
     text = "".join(pieces)
     path = write_text(tmp_path_factory.getbasetemp() / "fuzzed.txt", text)
 
     def read():
-        return [document for documents in data.read_documents(path, how, data.Counter())
+        return [document for documents in data_text.cut_text(Source(path, path, TEXT), how, Counts())
                 for document in documents]
 
     whole = read()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "CHUNK_BYTES", chunk_bytes)
+        patch.setattr(data_text, "CHUNK_BYTES", chunk_bytes)
         assert read() == whole
     if how == "marked" and text.strip():
         assert "".join(whole).strip() == text.replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
-@pytest.mark.parametrize("size", [1, 3, 7, 8, 1000])
-@pytest.mark.parametrize("how, mark", [("marked", "<|eos|>"), ("marked", "<|bos|>"), ("line", "\n")])
-def test_enough_marks_for_documents_are_found_at_any_chunk_edge(tmp_path, monkeypatch, how, mark, size):
-    monkeypatch.setattr(data, "CHUNK_BYTES", size)
-    for n, expected in ((data.FEWEST_DOCUMENTS - 2, False), (data.FEWEST_DOCUMENTS - 1, True)):
-        path = write_text(tmp_path / "a.txt", f"x{mark}" * n)
-        assert data.may_hold_documents(path, how) is expected
+@pytest.mark.parametrize("chunk_bytes", [100, 1 << 21])
+@pytest.mark.parametrize("n_documents, split", [(19, "spans"), (20, "whole documents")])
+@pytest.mark.parametrize("before", [0, 200000])
+def test_twenty_documents_are_split_as_such_wherever_they_begin(prepare, tmp_path, monkeypatch, chunk_bytes,
+                                                               n_documents, split, before):
+    monkeypatch.setattr(data_text, "CHUNK_BYTES", chunk_bytes)
+    first = "<|bos|>" + "x" * before + "y<|eos|>\n"
+    path = write_text(tmp_path / "a.txt", first + "".join(DOCUMENTS[1:n_documents]))
+    assert prepare("--pretrain", path).result["pretrain"][0]["split"].startswith(split)
 
 
 def test_a_document_longer_than_a_chunk_keeps_every_character(prepare, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "CHUNK_BYTES", 100)
-    monkeypatch.setattr(data, "LONGEST_DOCUMENT", 150)
+    monkeypatch.setattr(data_text, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(data_text, "LONGEST_DOCUMENT", 150)
     text = "".join(chr(0x4E00 + n) for n in range(3000))
     path = write_text(tmp_path / "a.txt", text)
-    parts = list(data.read_documents(path, "marked", data.Counter()))
+    parts = list(data_text.cut_text(Source(path, path, TEXT), "marked", Counts()))
     assert max(len(part) for [part] in parts) < 250  # so it is never in memory as a whole
     prepared = prepare("--pretrain", path)
     assert prepared.result["pretrain"][0]["documents"] == 1
@@ -208,7 +226,7 @@ def test_byte_order_mark_and_line_ends_are_normalised_and_said_so(tmp_path, caps
 @pytest.mark.parametrize("content, at", [
     (b"\xef\xbb\xbfab\r\n\xff", 7), (b"abc\xe4\xb8", 3), (b"\xe4\xb8\xad\x80", 3)])
 def test_invalid_utf8_names_the_byte(prepare, tmp_path, monkeypatch, content, at, chunk_bytes):
-    monkeypatch.setattr(data, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(data_text, "CHUNK_BYTES", chunk_bytes)
     path = write_text(tmp_path / "a.txt", content)
     with pytest.raises(InputError, match=f"a.txt: not UTF-8 at byte {at};"):
         prepare("--pretrain", path)
@@ -255,8 +273,10 @@ def test_several_texts_make_numbered_files(prepare, tmp_path):
     prepared = prepare("--pretrain", *paths)
     assert set(prepared.text("pretrain_0_train")) == {"a"}
     assert set(prepared.text("pretrain_1_val")) == {"b"}
-    assert sorted(os.listdir(prepared.folder)) == [
-        *(f"pretrain_{i}_{side}.npy" for i in range(2) for side in ("train", "val")), "tokenizer.json"]
+    assert sorted(os.listdir(prepared.folder)) == sorted([
+        *(f"pretrain_{i}_{side}.npy{end}" for i in range(2) for side in ("train", "val")
+          for end in ("", ".json")),
+        "tokenizer.json"])
 
 
 # ---- Instruction data ----
@@ -350,13 +370,20 @@ BAD_ROWS = {
     '{"question": "q"}': '"answer" is missing',
     '{"question": 5, "answer": "a"}': "the question is not a string",
     '{"question": NaN, "answer": "a"}': "the question is not a string",
-    '{"question": 1' + "0" * 5000 + ', "answer": "a"}': "",  # Python's own words
+    '{"question": 1' + "0" * 5000 + ', "answer": "a"}': "",  # older Pythons read the number
     '{"question": " ", "answer": "a"}': "the question is empty",
     '{"question": "q", "answer": "\\n"}': "the answer is empty",
     '{"messages": []}': "not a list of messages",
     '{"messages": {}}': "not a list of messages",
     '{"messages": ["s"]}': 'message 1 does not have the role "user"',
-    '{"messages": [{"role": "system", "content": "s"}]}': 'message 1 does not have the role "user"',
+    '{"messages": [{"role": "system", "content": "s"}]}': "the last message is not the assistant's",
+    '{"messages": [{"role": "tool", "content": "s"}]}': 'message 1 does not have the role "user"',
+    '{"messages": [{"role": ["user"], "content": "s"}]}': 'message 1 does not have the role "user"',
+    '{"conversations": [{"from": "human", "value": 1}, {"from": "gpt", "value": "a"}]}': "question is not a",
+    '{"instruction": 7, "output": "a"}': "the question is not a string",
+    '{"instruction": "", "input": " ", "output": "a"}': "the question is empty",
+    '{"prompt": "q"}': 'the key "response" is missing',
+    '{"id": 7}': 'not a row of the form {"question"',
     '{"messages": [{"role": "user", "content": "s"}]}': "the last message is not the assistant's",
     '{"messages": [{"role": "user", "content": "s"}, {"role": "user", "content": "s"}]}': "message 2",
     '{"messages": [{"role": "user"}]}': "message 1 has no content",
@@ -405,10 +432,10 @@ def test_a_row_that_is_not_utf8_is_named_by_line(tmp_path, capsys):
 
 @pytest.mark.parametrize("extra, bad", [(0, 0), (1, 1), (50, 1), (130, 1)])
 @pytest.mark.parametrize("end", ["\n", ""])
-def test_a_row_up_to_the_longest_is_read_and_a_longer_one_passed_over(tmp_path, capsys, monkeypatch, extra,
+def test_a_row_up_to_the_longest_is_read_and_a_longer_one_skipped(tmp_path, capsys, monkeypatch, extra,
                                                                      bad, end):
     row = json.dumps({"question": "q", "answer": "a" * (100 + extra)})
-    monkeypatch.setattr(data, "LONGEST_ROW", len(row) - extra + 1)  # its line end counts
+    monkeypatch.setattr(data_json, "LONGEST_ROW", len(row) - extra + 1)  # its line end counts
     path = write_text(tmp_path / "a.jsonl", PAIR_LINES.rstrip("\n") + "\n" + row + end)
     data.main(["--sft", path, "--out", str(tmp_path / "out"), "--block_size", "300"])
     printed = capsys.readouterr()
@@ -433,7 +460,7 @@ def test_a_file_without_one_good_row_is_refused(prepare, tmp_path, content, comp
 def test_no_row_whatever_crashes(rows):
     for row in rows:
         try:
-            turns = data.parse_row(row.encode("utf-8", "surrogatepass"))
+            turns = parse_row(row.encode("utf-8", "surrogatepass"))
         except ValueError as error:
             assert str(error)
         else:
@@ -458,7 +485,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(prepare, tmp_path, monkeypat
     def full(self, rows):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(data.NpyWriter, "append", full)
+    monkeypatch.setattr(NpyWriter, "append", full)
     with pytest.raises(InputError, match="No space left on device"):
         prepare("--pretrain", write_text(tmp_path / "a.txt", "".join(DOCUMENTS)))
     assert os.listdir(tmp_path / "out") == []
@@ -476,7 +503,11 @@ def test_prepared_files_of_a_replaced_tokenizer_are_named(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("words, complaint", [
-    (["--pretrain", "missing.txt"], "missing.txt: no such file"), (["--sft", "."], ".: not a file"),
+    (["--pretrain", "missing.txt"], "missing.txt: no such file"),
+    (["--sft", "missing/*.jsonl"], r"missing/\*.jsonl: no file matches"),
+    (["--pretrain", __file__, "--encoding", "morse"], "--encoding is morse"),
+    (["--pretrain", __file__, "--encoding", "rot13"], "--encoding is rot13"),
+    ([__file__, "--sft", __file__], "either without a flag or with"),
     (["--pretrain", __file__, "--val_fraction", "0"], "--val_fraction"),
     (["--sft", __file__, "--seed", "-1"], "--seed"),
     (["--pretrain", __file__, "--block_size", "0"], "block_size"),
@@ -495,14 +526,14 @@ def test_an_empty_dataset_folder_makes_the_sample_and_says_so(tmp_path, monkeypa
                "    open(folder + '/sample_pretrain.txt', 'w').write('sample ' * 1000)\n"
                f"    open(folder + '/sample_sft.jsonl', 'w').write({PAIR_LINES!r})\n")
     data.main([])
-    assert "taking the sample" in capsys.readouterr().out
+    assert "using the sample" in capsys.readouterr().out
     assert {"tokenizer.json", "pretrain_train.npy", "sft_val.npy"} <= set(os.listdir(tmp_path))
 
     # The user's own file, alone, comes before the sample.
     write_text(tmp_path / "pretrain.txt", "mine " * 1000)
     data.main([])
     stdout = capsys.readouterr().out
-    assert "taking the sample" not in stdout
+    assert "using the sample" not in stdout
     assert json.loads(stdout.splitlines()[-1])["sft"] is None
 
 
@@ -519,5 +550,6 @@ def test_the_script_prints_a_table_and_json_last(tmp_path):
 def test_a_mistake_is_one_line_and_status_2(tmp_path):
     done = run_script("--pretrain", write_text(tmp_path / "a.txt", b"ab\xff"), "--out", tmp_path)
     assert done.returncode == 2
-    assert done.stderr == f"error: {tmp_path}/a.txt: not UTF-8 at byte 2; convert the file first\n"
+    assert done.stderr == (f"error: {tmp_path}/a.txt: not UTF-8 at byte 2; its encoding is probably cp1252: "
+                           "add --encoding cp1252\n")
     assert os.listdir(tmp_path) == ["a.txt"]

@@ -1,10 +1,23 @@
 """The data loader: epochs, order, ranks, curriculum, padding, and files that it refuses."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 
 from config import IGNORE, InputError
-from dataloader import DataLoader, InstructionRows, TextBlocks, open_array, spread
+from dataloader import (
+    DataLoader,
+    InstructionRows,
+    TextBlocks,
+    check_vocabulary,
+    evenly_spaced,
+    fingerprint_path,
+    open_array,
+    write_fingerprint,
+)
+from tokenizer import Tokenizer
 
 BLOCK = 8
 
@@ -170,9 +183,9 @@ def test_batches_of_one_epoch_are_not_sorted_by_length(rows):
     assert widths != sorted(widths) and widths != sorted(widths)[::-1]
 
 
-def test_spread_is_even_and_without_repeats():
-    assert spread(100, 5).tolist() == [0, 25, 50, 74, 99]
-    assert spread(3, 10).tolist() == [0, 1, 2]
+def test_rows_for_validation_are_evenly_spaced_and_without_repeats():
+    assert evenly_spaced(100, 5).tolist() == [0, 25, 50, 74, 99]
+    assert evenly_spaced(3, 10).tolist() == [0, 1, 2]
 
 
 def test_a_batch_larger_than_the_data_is_named(text):
@@ -214,3 +227,92 @@ def test_the_windows_of_a_memory_mapped_file_are_read_only_when_asked_for(text):
 def test_a_missing_file_says_what_makes_it(tmp_path):
     with pytest.raises(InputError, match=r"gone.npy: no such file; run python data.py"):
         open_array(tmp_path / "gone.npy")
+
+
+def test_a_missing_file_of_a_curriculum_says_where_its_texts_are(text, tmp_path):
+    text(name="pretrain_0_train.npy")
+    with pytest.raises(InputError, match=r"no such file; data.py wrote numbered files .pretrain_0_train.npy"):
+        open_array(tmp_path / "pretrain_train.npy")
+
+
+@pytest.mark.parametrize("content", [b"plain text\n", b"\x93NUMPY\x01\0", b""])
+def test_what_is_no_array_is_refused_without_advice_to_run_a_pickle(tmp_path, content):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(InputError, match="a.txt: not a prepared .npy file.*python data.py") as error:
+        open_array(tmp_path / "a.txt")
+    assert "pickle" not in str(error.value)
+
+
+# ---- Vocabularies ----
+
+OURS = Tokenizer.build([map(chr, range(0x4E00, 0x4E00 + 300))])
+OTHERS = Tokenizer.build([map(chr, range(0x4E01, 0x4E01 + 300))])
+
+
+@pytest.mark.parametrize("task", ["pretrain", "sft"])
+def test_a_file_of_another_vocabulary_is_refused_by_name(text, rows, capsys, task):
+    paths = [text(name="a.npy"), text(name="b.npy")] if task == "pretrain" else [rows([4, 5])] * 2
+    for path in paths:
+        write_fingerprint(path, OURS)
+    loader(paths, task, tokenizer=OURS)
+    assert capsys.readouterr().err == ""
+    write_fingerprint(paths[1], OTHERS)
+    with pytest.raises(InputError, match=rf"{paths[1]}: prepared with another vocabulary than {OURS.name}; "
+                                         "run python data.py"):
+        loader(paths, task, tokenizer=OURS)
+
+
+def test_files_without_a_fingerprint_work_and_one_line_says_so(text, tmp_path, capsys):
+    paths = [text(name="a.npy"), text(name="b.npy")]
+    for path in paths:
+        assert loader(path, tokenizer=OURS).next_batch()[0].shape == (2, BLOCK)
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"note: {tmp_path}: files without a fingerprint")
+
+
+def test_a_fingerprint_follows_a_copied_file_and_not_one_put_in_its_place(text, tmp_path):
+    path = text(name="a.npy")
+    write_fingerprint(path, OTHERS)
+    copied = str(tmp_path / "copied.npy")
+    for end in ("", ".json"):
+        shutil.copy(path + end, copied + end)
+    with pytest.raises(InputError, match="copied.npy: prepared with another vocabulary"):
+        check_vocabulary(copied, OURS)
+    np.save(copied, np.zeros(50, np.uint16))
+    assert "files without a fingerprint" in check_vocabulary(copied, OURS)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"vocabulary": 5, "pad_id": 0, "bytes": 7}'])
+def test_a_damaged_fingerprint_is_named(text, content):
+    path = text()
+    with open(fingerprint_path(path), "w") as file:
+        file.write(content)
+    with pytest.raises(InputError, match="text.npy.json"):
+        check_vocabulary(path, OURS)
+
+
+@pytest.mark.parametrize("knows", ["tokenizer", "fingerprint"])
+def test_rows_end_at_the_padding_of_their_vocabulary(rows, knows):
+    """Here id 0 is a character, and <|Padding|> comes last."""
+    special = OURS.itos[:6]
+    tokenizer = Tokenizer(OURS.itos[6:] + special[1:] + special[:1], special)
+    path = rows([4, 9], first_id=0)
+    data = np.load(path)
+    ends = [4, 14]
+    data[ends, 0] = tokenizer.pad_id
+    np.save(path, data)
+    if knows == "fingerprint":
+        write_fingerprint(path, tokenizer)
+        source = InstructionRows(path, BLOCK)
+    else:
+        source = loader(path, "sft", tokenizer=tokenizer).sources[0]
+    assert source.lengths.tolist() == [4, 9]
+    x, y = source.batch(np.array([0, 1]))
+    assert x.tolist() == [[0] * 3 + [tokenizer.pad_id] * 5, [1] * 8]
+    assert y.tolist() == [[IGNORE, IGNORE, 0] + [IGNORE] * 5, [IGNORE] * 5 + [1] * 3]
+
+
+def test_a_fingerprint_depends_on_the_order_of_the_vocabulary():
+    swapped = [*OURS.itos[:-2], OURS.itos[-1], OURS.itos[-2]]
+    assert Tokenizer(swapped, OURS.special_tokens).fingerprint != OURS.fingerprint
+    assert Tokenizer.from_dict(json.loads(json.dumps(OURS.to_dict()))).fingerprint == OURS.fingerprint

@@ -6,10 +6,12 @@ import shutil
 import pytest
 import torch
 
-from config import InputError, ModelConfig
+from config import ModelConfig
 from cpu import decode, native
-from generate import Int8Linear, decode_one_token, generate, quantize
+from cpu.int8 import Int8Linear, quantize
+from generate import decoding_step, generate
 from model import GPT, KVCache
+from script import InputError
 
 NO_COMPILER = pytest.mark.skipif(not (shutil.which("cc") or shutil.which("gcc")), reason="no C compiler")
 OPTIONS = [
@@ -99,49 +101,44 @@ def test_the_shortest_prompt_has_fewer_tokens_than_n_prev():
 
 @NO_COMPILER
 @torch.no_grad()
-def test_generation_takes_the_compiled_step_and_training_does_not():
+def test_generation_takes_the_compiled_step_and_other_types_devices_and_training_do_not():
     model = trained_like()
     cache = started(model)
-    assert decode.step_of(model, cache)
-    with torch.enable_grad():
-        assert decode.step_of(model, cache) is None
+    assert isinstance(decoding_step(model, cache, 5), decode.CompiledStep)
     model.train()
-    assert decode.step_of(model, cache) is None
+    assert not isinstance(decoding_step(model, cache, 5), decode.CompiledStep)
     model.eval().double()
-    assert decode.step_of(model, KVCache(model.config, 1, 32, dtype=torch.float64)) is None
-    cache.n_tokens = 32  # is full: PyTorch explains
-    assert decode.step_of(model.float(), cache) is None
+    assert decode.usable_library(model) is None
+    assert decode.usable_library(trained_like().to("meta")) is None
+    assert decode.usable_library(trained_like().to(torch.bfloat16)) is None
 
 
 @NO_COMPILER
 @torch.no_grad()
 def test_a_token_outside_the_vocabulary_is_refused_before_memory_is_read():
     model = trained_like()
-    cache = started(model)
+    step = decoding_step(model, started(model), 5)
     for token in (-1, 50):
         with pytest.raises(IndexError, match=f"token id {token} is out of range"):
-            decode_one_token(model, torch.tensor([token]), cache)
+            step(torch.tensor([token]))
     with pytest.raises(ValueError, match="2 tokens for 1 sequences"):
-        decode_one_token(model, torch.tensor([1, 2]), cache)
+        step(torch.tensor([1, 2]))
     longer = KVCache(model.config, 1, 40)  # than the model's tables of positions
     model(torch.arange(32)[None], cache=longer)
     with pytest.raises(InputError, match="33 tokens do not fit into the model's block_size 32"):
-        decode_one_token(model, torch.tensor([1]), longer)
+        decoding_step(model, longer, 5)(torch.tensor([1]))
     other = KVCache(ModelConfig(n_layer=1, n_head=4, n_embd=32, block_size=32), 1, 32)
     with pytest.raises(ValueError, match="where .* is expected"):
-        decode_one_token(model, torch.tensor([1]), other)
+        decoding_step(model, other, 5)
 
 
 @NO_COMPILER
-def test_who_changes_model_py_alone_is_told_and_gets_the_changed_model(monkeypatch, capsys):
-    prompt, reference = torch.tensor([[1, 2, 3]]), trained_like()
-    for block in reference.transformer["h"]:
-        block.mlp.activation = torch.tanh
-    changed = trained_like(norm_eps=2e-5)  # another kind of model, to decode.py
-    changed.load_state_dict(reference.state_dict())
+def test_a_change_to_model_py_alone_is_reported_and_takes_effect(capsys):
+    """Though a model of the same config has been checked before."""
+    prompt, same_config, changed = torch.tensor([[1, 2, 3]]), trained_like(), trained_like()
+    assert decode.agrees(same_config, decode.library())
     for block in changed.transformer["h"]:
         block.mlp.activation = torch.tanh
-    monkeypatch.setattr(decode, "AGREES", {})
     got = [int(t) for t in generate(changed, prompt, 12, temperature=0)]
     assert "decode.c gives other logits than model.py" in capsys.readouterr().err
     idx = prompt
@@ -152,11 +149,63 @@ def test_who_changes_model_py_alone_is_told_and_gets_the_changed_model(monkeypat
 
 
 @NO_COMPILER
-def test_a_model_of_other_parts_is_generated_from_with_pytorch(monkeypatch, capsys):
+@pytest.mark.parametrize("fault", ["second sequence", "sixth token"])
+@pytest.mark.parametrize("int8", [False, True])
+def test_the_guard_reads_two_sequences_and_more_tokens_than_n_prev(monkeypatch, capsys, fault, int8):
+    model = trained_like(n_prev=3)
+    if int8:
+        quantize(model)
+    assert decode.difference(model, decode.library()) == ""
+
+    class Faulty(decode.CompiledStep):
+        def __call__(self, token):
+            logits = super().__call__(token)
+            if fault == "second sequence":
+                logits[1:] += 1
+            elif self.cache.n_tokens > 5:
+                logits += 1
+            return logits
+    monkeypatch.setattr(decode, "CompiledStep", Faulty)
+    assert decode.usable_library(model) is None
+    assert "decode.c gives other logits than model.py" in capsys.readouterr().err
+
+
+@NO_COMPILER
+@pytest.mark.parametrize("values", OPTIONS, ids=range(len(OPTIONS)))
+def test_int8_weights_agree_with_the_dequantised_products_to_a_thousandth(values):
+    model = trained_like(**values)
+    quantize(model)
+    assert decode.agrees(model, decode.library())
+
+
+@NO_COMPILER
+def test_weights_made_int8_after_a_check_are_checked_again(monkeypatch):
+    model = trained_like()
+    assert decode.agrees(model, decode.library())
+    quantize(model)
+    monkeypatch.setattr(decode, "difference", lambda model, library: "is to be checked")
+    assert not decode.agrees(model, decode.library())
+
+
+@NO_COMPILER
+def test_a_compiler_that_ends_in_the_middle_of_an_answer_changes_nothing(monkeypatch):
+    model, library = trained_like(), decode.library
+    expected = greedy(model)
+    asked = []
+
+    def ready_at_the_second_question():
+        asked.append(True)
+        return library() if len(asked) > 1 else None
+    monkeypatch.setattr(decode, "library", ready_at_the_second_question)
+    assert greedy(model) == expected and len(asked) == 1
+    assert greedy(model) == expected and len(asked) == 2
+
+
+@NO_COMPILER
+def test_a_model_of_other_parts_is_generated_from_with_pytorch(capsys):
     model = trained_like()
     for block in model.transformer["h"]:
         block.attn.c_proj = torch.nn.Sequential(block.attn.c_proj, torch.nn.Identity())
-    monkeypatch.setattr(decode, "AGREES", {})
     assert len(list(generate(model, torch.tensor([[1]]), 5, temperature=0))) == 5
     assert "decode.c does not fit model.py" in capsys.readouterr().err
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from config import InputError
+from cpu.int8 import quantize
 from generate import (
     check_sampling,
     complete,
@@ -13,10 +13,10 @@ from generate import (
     logits_to_probs,
     penalize_repetition,
     prefill,
-    quantize,
     sample,
 )
 from model import KVCache
+from script import InputError
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0, -3.0]])
 PROMPT = torch.tensor([[4, 8, 15, 16, 23]])
@@ -50,6 +50,39 @@ def test_repetition_penalty_makes_a_real_model_repeat_less(tiny_model):
     assert len(set(penalised)) > len(set(plain))
 
 
+def penalized(monkeypatch, model, prompt, n, **sampling):
+    """The tokens that the repetition penalty covers at each step, and all tokens."""
+    covered = []
+
+    def noted(logits, seen, penalty):
+        covered.append(seen[0].tolist())
+        return penalize_repetition(logits, seen, penalty)
+    monkeypatch.setattr("generate.penalize_repetition", noted)
+    ids = prompt[0].tolist() + tokens(model, prompt, n, repetition_penalty=1.2, **sampling)
+    return covered, ids
+
+
+def test_the_penalty_covers_what_comes_after_its_start_and_no_earlier_turn(tiny_model, monkeypatch):
+    covered, ids = penalized(monkeypatch, tiny_model(), PROMPT, 6, penalty_start=3)
+    assert covered == [ids[3 : 5 + n] for n in range(6)]
+
+
+@pytest.mark.parametrize("window", [0, 1, 4, 100])
+def test_repeat_last_n_is_a_window_over_the_last_tokens(tiny_model, monkeypatch, window):
+    covered, ids = penalized(monkeypatch, tiny_model(), PROMPT, 6, repeat_last_n=window)
+    assert covered == [ids[max(0, 5 + n - window) : 5 + n] for n in range(6)]
+
+
+def test_the_start_of_the_penalty_moves_with_the_context(tiny_model, monkeypatch):
+    """At 32 tokens the last 16 of 33 are read again."""
+    prompt = torch.arange(30)[None]
+    covered, ids = penalized(monkeypatch, tiny_model(), prompt, 8, penalty_start=20)
+    assert covered[2] == ids[20:32] and covered[3] == ids[20:33] and covered[7] == ids[20:37]
+    monkeypatch.undo()
+    covered, ids = penalized(monkeypatch, tiny_model(), prompt, 8, penalty_start=2)
+    assert covered[2] == ids[2:32] and covered[3] == ids[17:33]
+
+
 def test_temperature_zero_is_deterministic_and_takes_the_likeliest(tiny_model):
     model = tiny_model()
     runs = {tuple(tokens(model, seed=seed, temperature=0)) for seed in range(3)}
@@ -78,6 +111,24 @@ def test_top_p_leaves_the_fewest_tokens_that_reach_p():
         assert probs.count_nonzero() == kept and (probs[0, :kept] > 0).all(), p
         torch.testing.assert_close(probs.sum(-1), torch.ones(1))
     assert logits_to_probs(LOGITS, top_p=1.0).count_nonzero() == 6
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-40, 1e-300, 1e300])
+@pytest.mark.parametrize("logits", [LOGITS, LOGITS * 1000, LOGITS - 500, LOGITS.bfloat16().float()])
+def test_the_smallest_and_largest_temperatures_give_probabilities(temperature, logits):
+    probs = logits_to_probs(logits, temperature)
+    torch.testing.assert_close(probs.sum(-1), torch.ones(1))
+    if temperature < 1:
+        assert probs[0, 0] == 1
+    else:
+        torch.testing.assert_close(probs, torch.full((1, 6), 1 / 6))
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e-40])
+def test_a_tiny_temperature_generates_what_temperature_zero_does(tiny_model, temperature):
+    model = tiny_model()
+    assert tokens(model, temperature=temperature, top_k=5, repetition_penalty=1.2) == \
+        tokens(model, temperature=0, repetition_penalty=1.2)
 
 
 def test_samples_follow_the_probabilities():
@@ -172,6 +223,49 @@ def test_complete_equals_one_prompt_at_a_time(tiny_model):
     assert len({len(ids) for ids in expected}) > 1
 
 
+def in_one_padded_batch(model, monkeypatch):
+    """Let `complete` treat a model on the CPU as if it were on a GPU."""
+    groups = []
+
+    def padded(model, idx, n, **options):
+        groups.append((len(idx), options.get("padding")))
+        return generate(model, idx, n, **options)
+    monkeypatch.setattr("generate.generate", padded)
+    monkeypatch.setattr("generate.goes_together", lambda device: True)
+    return groups
+
+
+@pytest.mark.parametrize("values", [{}, dict(n_kv_head=2, n_prev=3, qk_norm=True), dict(use_rope=False)],
+                         ids=str)
+def test_prompts_of_different_lengths_in_one_padded_batch_give_the_same_answers(
+        tiny_model, monkeypatch, values):
+    """Also where the answer of a short prompt ends later than the context of a long one."""
+    model = tiny_model(**values)
+    prompts = [[5, 6, 7], [9], [8] * 28, [1, 2, 3, 4, 5, 6], [7, 7]]
+    sampling = dict(temperature=0, repetition_penalty=1.3)
+    expected = complete(model, prompts, 100, **sampling)
+    groups = in_one_padded_batch(model, monkeypatch)
+    assert complete(model, prompts, 100, **sampling) == expected
+    assert [len(ids) for ids in expected] == [29, 31, 4, 26, 30]
+    assert len(groups) == 1 and groups[0][1].tolist() == [25, 27, 0, 22, 26]
+    stop = expected[3][4]
+    cut = [ids[: ids.index(stop)] if stop in ids else ids for ids in expected]
+    assert complete(model, prompts, 100, stop_ids=(stop,), **sampling) == cut
+
+
+def test_complete_reads_its_tokens_from_the_device_once(tiny_model, monkeypatch):
+    read, tolist = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: read.append(tensor.shape) or tolist(tensor))
+    monkeypatch.setattr("generate.decode.usable_library", lambda model: None)  # decode.c reads each token
+    assert [len(ids) for ids in complete(tiny_model(), [[5, 6], [7, 8]], 9, temperature=0)] == [9, 9]
+    assert read == [(2, 9)]
+
+
+def test_an_empty_prompt_among_others_is_refused(tiny_model):
+    with pytest.raises(InputError, match="empty"):
+        complete(tiny_model(), [[1, 2], []], 5)
+
+
 def test_complete_stays_inside_the_context(tiny_model):
     answers = complete(tiny_model(), [[1] * 30, [1] * 32], 10, temperature=0)
     assert [len(ids) for ids in answers] == [2, 0]
@@ -187,9 +281,9 @@ def test_one_shot_generation_reads_every_position_and_refuses_causal_models(tiny
 @pytest.mark.parametrize("name, value", [
     ("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")), ("top_k", -1),
     ("top_p", 0.0), ("top_p", 1.1), ("top_p", float("nan")), ("repetition_penalty", 0.0),
-    ("repetition_penalty", -1.0), ("repetition_penalty", float("inf"))])
+    ("repetition_penalty", -1.0), ("repetition_penalty", float("inf")), ("repeat_last_n", -2)])
 def test_a_sampling_parameter_out_of_range_is_named(tiny_model, name, value):
-    good = dict(temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0)
+    good = dict(temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, repeat_last_n=-1)
     check_sampling(**good)
     with pytest.raises(InputError, match=f"^{name} is "):
         check_sampling(**{**good, name: value})

@@ -10,6 +10,8 @@ import sys
 
 import pytest
 
+from config import InputError
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCRIPT = os.path.join(ROOT, "dataset", "make_sample.py")
 spec = importlib.util.spec_from_file_location("make_sample", SCRIPT)
@@ -217,10 +219,10 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
 
     def lines():
         yield "new"
-        raise OSError("no space left")
+        raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError):
-        make_sample.write_atomically(str(path), lines())
+    with pytest.raises(InputError, match="sample.txt: cannot be written"):
+        make_sample.write_lines(str(path), lines())
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["sample.txt"]
 
 

@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY
 
-from config import IGNORE, InputError, ModelConfig
+from config import IGNORE, ModelConfig
 from cpu import fused
 from device import set_sdp_kernel
+from generate import StaticKVCache, generate, new_cache
 from model import GPT, KVCache, apply_rope, documents_of, positions_in, rope_table
+from script import InputError
 
 # Every option of the model, alone, and all of them together.
 VARIANTS = {
@@ -76,27 +78,145 @@ def test_a_masked_document_reads_as_it_does_alone(tiny_model, values):
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
 
 
+def with_flex_attention(model):
+    """The model as it is where FlexAttention can be used."""
+    model.use_flex_attention = True
+    return model
+
+
 @every_variant
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
-def test_flex_attention_gives_the_logits_and_loss_of_the_mask(tiny_model, monkeypatch, values, is_causal):
+def test_flex_attention_gives_the_logits_and_loss_of_the_mask(tiny_model, values, is_causal):
     """Its eager form, which is what runs without a GPU; torch has no gradients for it there."""
     made = tiny_model(is_causal=is_causal, n_head=2, **{**values, "n_kv_head": bool(values.get("n_kv_head"))})
     idx, documents = some_ids(length=12), torch.tensor([[0] * 5 + [1] * 7, [0] * 9 + [1, 2, 2]])
     with torch.inference_mode():
         masked = made(idx, idx, documents=documents)
-        monkeypatch.setattr("model.has_flex_attention", lambda device: True)
-        block_mask = made._mask_and_positions(idx, documents, 0)[0]
-        assert not isinstance(block_mask, torch.Tensor)
+        with_flex_attention(made)
+        assert not isinstance(made._document_mask(documents), torch.Tensor)
         flexible = made(idx, idx, documents=documents)
     for one, other in zip(masked, flexible, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
-def test_dropout_keeps_the_mask_that_can_do_it(tiny_model, monkeypatch):
-    monkeypatch.setattr("model.has_flex_attention", lambda device: True)
-    made = tiny_model(n_head=2, dropout=0.1).train()
-    assert isinstance(made._mask_and_positions(some_ids(), torch.zeros(2, 12), 0)[0], torch.Tensor)
+def test_dropout_keeps_the_mask_that_can_do_it(tiny_model):
+    made = with_flex_attention(tiny_model(n_head=2, dropout=0.1)).train()
+    assert isinstance(made._document_mask(torch.zeros(2, 12)), torch.Tensor)
+    assert not isinstance(made.eval()._document_mask(torch.zeros(2, 12)), torch.Tensor)
+
+
+class CountedGraphs:
+    """A backend of torch.compile that runs what it is given and counts the graphs."""
+
+    def __init__(self):
+        self.n = 0
+
+    def __call__(self, graph, inputs):
+        self.n += 1
+        return graph.forward
+
+
+@pytest.fixture
+def compiled_model():
+    """Compiles a model in one graph, or fails; returns it and the count of graphs."""
+    def make(model):
+        torch._dynamo.reset()
+        graphs = CountedGraphs()
+        return torch.compile(model, backend=graphs, fullgraph=True, dynamic=False), graphs
+    yield make
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("way", ["plain", "documents", "flex"])
+@pytest.mark.parametrize("values", [{}, VARIANTS["all"]], ids=["default", "all"])
+def test_the_compiled_model_is_one_graph_and_gives_the_same_loss(tiny_model, compiled_model, values, way):
+    model = tiny_model(**{**values, "n_head": 2, "n_kv_head": bool(values)})
+    idx = some_ids(length=16)
+    documents = None if way == "plain" else documents_of(idx, bos_id=int(idx[0, 5]), eos_id=-1)
+    expected = model(idx, idx, documents=documents)[1]
+    compiled, graphs = compiled_model(with_flex_attention(model) if way == "flex" else model)
+    with torch.no_grad():  # torch has no gradients for flex_attention on a CPU
+        for _ in range(3):
+            torch.testing.assert_close(compiled(idx, idx, documents=documents)[1], expected)
+    assert graphs.n == 1
+
+
+def test_generation_from_a_model_that_is_compiled_for_training_makes_no_graph(tiny_model, compiled_model):
+    model = tiny_model()
+    compiled, graphs = compiled_model(model)
+    with torch.no_grad():
+        compiled(some_ids(), some_ids())
+    expected = model(some_ids(1, 4))[0][0, -1].argmax()
+    steps = list(generate(model, some_ids(1, 4), 8, temperature=0))
+    assert steps[0] == expected and len(steps) == 8 and graphs.n == 1
+    assert all(p is q for p, q in zip(compiled.parameters(), model.parameters(), strict=True))
+
+
+@every_variant
+@pytest.mark.parametrize("way", ["plain", "documents", "full attention", "cache", "static cache"])
+def test_no_tensor_is_made_on_another_device_than_the_models(tiny_model, values, way):
+    """On the meta device, mixing in a tensor of the CPU raises an error."""
+    model = tiny_model(**values, is_causal=way != "full attention").to("meta")
+    assert {p.device.type for p in [*model.parameters(), *model.buffers()]} == {"meta"}
+    idx = torch.zeros(2, 12, dtype=torch.long, device="meta")
+    if "cache" in way:
+        kind = StaticKVCache if way == "static cache" else KVCache
+        cache = kind(model.config, 2, 16, "meta")
+        for piece in idx[:, :9].split([5, 1, 3], dim=1):
+            assert model(piece, cache=cache)[0].device.type == "meta"
+        return
+    documents = documents_of(idx, 2, 3) if way == "documents" else None
+    logits, loss = model(idx, idx, documents=documents)
+    loss.backward()
+    assert logits.device.type == loss.device.type == "meta"
+    assert {p.grad.device.type for p in model.parameters() if p.grad is not None} == {"meta"}
+
+
+@every_variant
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("is_fused", [True, False], ids=["fused", "formulas"])
+def test_types_under_autocast(tiny_model, values, dtype, is_fused, monkeypatch):
+    """Matrix products and attention in half precision; residual stream, loss and gradients in float32."""
+    if not is_fused:
+        monkeypatch.setattr(fused, "can_fuse", lambda x, *dtypes: False)
+    model, idx, seen = tiny_model(**values), some_ids(), {}
+
+    def note(name):
+        return lambda module, args, out: seen.update({name: out.dtype})
+    block = model.transformer["h"][1]
+    for name, module in (("attention", block.attn.c_attn), ("mlp", block.mlp.c_fc), ("block", block)):
+        module.register_forward_hook(note(name))
+    attention = F.scaled_dot_product_attention
+
+    def noted(q, k, v, **options):
+        seen.update(q=q.dtype, k=k.dtype, v=v.dtype)
+        return attention(q, k, v, **options)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    with torch.autocast("cpu", dtype):
+        logits, loss = model(idx, idx)
+    loss.backward()
+    assert seen == dict(attention=dtype, mlp=dtype, q=dtype, k=dtype, v=dtype, block=torch.float32)
+    assert logits.dtype == dtype and loss.dtype == torch.float32
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters()
+               if p.grad is not None)
+
+
+@every_variant
+def test_half_precision_weights_keep_the_rope_tables_in_float32(tiny_model, values):
+    """A model in bfloat16 gives the logits of one in float32 within rounding, cached and not."""
+    model, idx = tiny_model(**values), some_ids(length=16)
+    expected = model(idx)[0].detach()
+    model.to(torch.bfloat16)
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+    assert all(table.dtype == torch.float32 for table in model.buffers())
+    cache = new_cache(model, 2, 16)
+    assert cache.k.dtype == torch.bfloat16
+    pieces = [model(piece, cache=cache)[0] for piece in idx.split([5, 1, 10], dim=1)]
+    tolerance = 0.05 * float(expected.abs().max())
+    for logits in (model(idx)[0], torch.cat(pieces, dim=1)):
+        assert logits.dtype == torch.bfloat16
+        torch.testing.assert_close(logits.float(), expected, atol=tolerance, rtol=0.1)
 
 
 def test_documents_begin_at_bos_and_after_eos():
@@ -113,11 +233,22 @@ def test_cached_decode_equals_uncached(tiny_model, values):
     """A prompt, then pieces of several tokens and of one, against one pass over everything."""
     model, idx = tiny_model(**values), some_ids(length=16)
     expected, _ = model(idx)
-    cache, pieces = KVCache(model.config, 2, 16), []
-    for piece in idx.split([5, 1, 4, 1, 1, 3, 1], dim=1):
-        pieces.append(model(piece, cache=cache)[0])
-    assert cache.n_tokens == 16
-    torch.testing.assert_close(torch.cat(pieces, dim=1), expected, atol=1e-5, rtol=1e-4)
+    for kind in (KVCache, StaticKVCache):
+        cache = kind(model.config, 2, 20)
+        pieces = [model(piece, cache=cache)[0] for piece in idx.split([5, 1, 4, 1, 1, 3, 1], dim=1)]
+        assert cache.n_tokens == 16
+        torch.testing.assert_close(torch.cat(pieces, dim=1), expected, atol=1e-5, rtol=1e-4)
+
+
+@every_variant
+def test_a_padded_batch_gives_the_logits_of_each_prompt_alone(tiny_model, values):
+    model, idx, pads = tiny_model(**values), some_ids(3, length=16), (6, 0, 4)
+    cache = StaticKVCache(model.config, 3, 20, padding=torch.tensor(pads))
+    pieces = [model(piece, cache=cache)[0] for piece in idx.split([7, 1, 1, 3, 4], dim=1)]
+    together = torch.cat(pieces, dim=1)
+    for row, pad in enumerate(pads):
+        alone = model(idx[row : row + 1, pad:])[0]
+        torch.testing.assert_close(together[row : row + 1, pad:], alone, atol=1e-5, rtol=1e-4)
 
 
 def test_last_only_returns_the_last_logits(tiny_model):
@@ -169,8 +300,8 @@ def test_what_is_fused_on_a_cpu_gives_the_logits_and_gradients_of_the_papers_for
     model.train(way == "dropout")  # attention then takes another kernel, with other strides
     documents = documents_of(idx, bos_id=int(idx[0, 5]), eos_id=-1) if way == "documents" else None
     results = []
-    for fits in (fused.fits, lambda x, *types: False):
-        monkeypatch.setattr(fused, "fits", fits)
+    for can_fuse in (fused.can_fuse, lambda x, *dtypes: False):
+        monkeypatch.setattr(fused, "can_fuse", can_fuse)
         torch.manual_seed(0)
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=way == "bfloat16"):
@@ -178,6 +309,33 @@ def test_what_is_fused_on_a_cpu_gives_the_logits_and_gradients_of_the_papers_for
         loss.backward()
         results.append([logits.detach().float(), *(p.grad for p in model.parameters())])
     torch.testing.assert_close(*results, rtol=1e-4, atol=5e-3 if way == "bfloat16" else 1e-6)
+
+
+@pytest.mark.parametrize("way", ["plain", "documents", "cache"])
+@pytest.mark.parametrize("has_flash", [True, False])
+def test_where_a_gpu_cannot_share_heads_they_are_repeated(tiny_model, monkeypatch, way, has_flash):
+    """What a GPU runs, on a CPU: in float32 no kernel can, whether or not there is flash attention."""
+    model, idx, grouped = tiny_model(n_kv_head=2), some_ids(), []
+    attention = F.scaled_dot_product_attention
+
+    def noted(q, k, v, **options):
+        grouped.append(options["enable_gqa"])
+        return attention(q, k, v, **options)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    documents = documents_of(idx, int(idx[0, 5]), -1) if way == "documents" else None
+
+    def logits():
+        cache = KVCache(model.config, 2, 12) if way == "cache" else None
+        return model(idx, documents=documents, cache=cache)[0]
+    expected = logits()
+    for block in model.transformer["h"]:
+        block.attn.is_on_gpu = True
+        block.attn.has_flash = has_flash
+    torch.testing.assert_close(logits(), expected, atol=1e-5, rtol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits()
+    shared = has_flash and way == "plain"  # the cache is of float32
+    assert grouped == 2 * [True] + 2 * [False] + 2 * [shared]
 
 
 def test_grouped_heads_equal_repeated_heads(tiny_model):

@@ -23,6 +23,7 @@ from config import IGNORE, TrainConfig
 from dataloader import DataLoader
 from metrics import parse_log
 from optimizer import build_optimizer, learning_rate
+from run import Run
 
 
 def lines(workspace, result):
@@ -39,10 +40,10 @@ def weights(workspace, *words):
 
 def told_at(step, signum=signal.SIGINT):
     """A learning_rate function that sends this process a signal when the loop reaches `step`."""
-    def at(now, config):
+    def at(now, config, seconds):
         if now == step:
             os.kill(os.getpid(), signum)
-        return learning_rate(now, config)
+        return learning_rate(now, config, seconds)
     return mock.patch.object(train, "learning_rate", at)
 
 
@@ -72,7 +73,8 @@ def trained_on(workspace, model, batches, **settings):
     strategy.setup(config)
     with workspace.here():
         tokenizer = train.Tokenizer.load("dataset/tokenizer.json")
-        train.fit(model, tokenizer, GivenBatches(batches), GivenBatches(batches), config, strategy, "sft")
+        train.fit(model, tokenizer, GivenBatches(batches), GivenBatches(batches), config, strategy,
+                  Run(str(workspace.path), "sft"))
     return model
 
 
