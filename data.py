@@ -32,7 +32,7 @@ import tempfile
 import time
 from collections import Counter
 
-from config import ROOT, InputError, ModelConfig, Parser, load_config, print_json, run_script
+from config import ROOT, InputError, ModelConfig, Parser, guarded_output, load_config, print_json, run_script
 from data_inputs import DOCUMENTS, ROWS, open_inputs, progress
 from data_rows import prepare_rows
 from data_split import SIDES, renumber
@@ -261,7 +261,7 @@ def main(argv=None):
         os.makedirs(args.out, exist_ok=True)
         remove_leftovers(args.out)
         # Everything is made in a folder of its own, which is removed with all in it if anything fails.
-        with tempfile.TemporaryDirectory(prefix=WORK_FOLDER, dir=args.out) as folder:
+        with guarded_output(), tempfile.TemporaryDirectory(prefix=WORK_FOLDER, dir=args.out) as folder:
             unpacked = os.path.join(folder, "unpacked")
             finished = os.path.join(folder, "finished")
             os.mkdir(unpacked)

@@ -12,6 +12,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 import sys
 import zipfile
 import zlib
@@ -106,12 +107,11 @@ def find_files(word):
     return paths
 
 
-def save_standard_input(folder):
-    """Standard input as a file in `folder`, since data may be read more than once; returns its path."""
-    path = os.path.join(folder, "standard_input")
+def save_stream(stream, folder):
+    """What can be read only once, as a file in `folder`, since data may be read again; returns its path."""
+    path = os.path.join(folder, f"stream_{len(os.listdir(folder))}")
     with open(path, "wb") as file:
-        while block := sys.stdin.buffer.read(COPY_BLOCK):
-            file.write(block)
+        shutil.copyfileobj(stream, file, COPY_BLOCK)
     return path
 
 
@@ -136,6 +136,8 @@ def zip_entries(path, name, password):
         archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
         raise InputError(f"{name}: a damaged .zip archive ({error})") from None
+    if "[Content_Types].xml" in archive.namelist():
+        raise InputError(f"{name}: an Office document; save it as plain text first")
     entries = []
     for member in archive.infolist():
         hidden = any(part.startswith((".", "__MACOSX")) for part in member.filename.split("/"))
@@ -196,7 +198,10 @@ def open_inputs(words, wanted, folder, encoding=None, password=None):
 def find_entries(word, folder, password):
     """Every Entry that a word on the command line names."""
     if word == "-":
-        return entries_of(save_standard_input(folder), STANDARD_INPUT, password)
+        return entries_of(save_stream(sys.stdin.buffer, folder), STANDARD_INPUT, password)
+    if os.path.exists(word) and not os.path.isfile(word) and not os.path.isdir(word):  # a pipe: <(command)
+        with open(word, "rb") as stream:
+            return entries_of(save_stream(stream, folder), word, password)
     return [entry for path in find_files(word) for entry in entries_of(path, path, password)]
 
 
@@ -225,7 +230,7 @@ def why_not(kind, wanted, head, alone):
         likely = likely_encoding(head)
         if likely.startswith("utf-"):
             return f"not UTF-8 but probably {likely}; add --encoding {likely}"
-        return "binary data, not text"
+        return "binary data, not text; unpack or convert it first"
     if wanted == ROWS:
         if kind == DOCUMENTS:
             return f'its rows have the field "text"; give it to --pretrain, or rows {WANTED}'

@@ -46,7 +46,7 @@ def from_conversations(row):
 def from_instruction(row):
     """{"instruction": …, "input": …, "output": …}; "input" and "system" may be missing or empty."""
     question = join_texts(row["instruction"], row.get("input"))
-    return [(join_texts(row.get("system"), question), row["output"])]
+    return [(with_system(row.get("system"), question), row["output"])]
 
 
 def from_prompt(row):
@@ -77,12 +77,20 @@ def form_of(row):
     return next((keys for keys in ROW_FORMS if all(key in row for key in keys)), None)
 
 
-def join_texts(first, second):
-    """Both texts with a line break between them, or the only one that is not blank."""
-    for text in (first, second):
+def join_texts(instruction, more):
+    """An instruction and its input with a line break between them, or the only one that is not blank."""
+    for text in (instruction, more):
         if text is not None and not isinstance(text, str):
             raise ValueError("the question is not a string")
-    return "\n".join(text for text in (first, second) if text and text.strip())
+    return "\n".join(text for text in (instruction, more) if text and text.strip())
+
+
+def with_system(system, question):
+    """The first question with the system message, if there is one, in front of it."""
+    if system is not None and not isinstance(system, str):
+        raise ValueError("the system message is not a string")
+    is_blank = not isinstance(question, str) or not question.strip()
+    return question if is_blank else join_texts(system, question)
 
 
 def pair_messages(messages, key):
@@ -110,7 +118,7 @@ def pair_messages(messages, key):
         raise ValueError("the last message is not the assistant's")
     if roles[0] == "system":
         system = contents.pop(0)
-        contents[0] = join_texts(system, contents[0])
+        contents[0] = with_system(system, contents[0])
     return list(zip(contents[::2], contents[1::2], strict=True))
 
 

@@ -249,7 +249,7 @@ def prepare_text(name, sources, tokenizer, args, paths):
         return write_split(read_parts, paths, tokenizer.dtype, (), args.val_fraction, least)
 
     if args.val_split == "tail":
-        split = f"tail, the last {args.val_fraction:.4g} of the text"
+        split = f"position: the last {args.val_fraction:.4g} of the text validates"
         counts = write_tail_split(lambda counts: encode_all(sources, tokenizer, args, counts),
                                   paths, tokenizer.dtype, args.val_fraction)
     else:

@@ -15,7 +15,7 @@ import os
 
 import numpy as np
 
-from config import IGNORE, InputError, atomic_write, note, read_json
+from config import IGNORE, InputError, atomic_write, read_json
 
 # What numpy raises for a file with a damaged header.
 NOT_AN_ARRAY = (ValueError, EOFError, SyntaxError, TypeError, OverflowError)
@@ -65,7 +65,7 @@ def write_fingerprint(path, tokenizer):
 
 def read_fingerprint(path):
     """What `write_fingerprint` recorded, a dict; None if there is nothing or it describes another file."""
-    if not os.path.exists(fingerprint_path(path)):
+    if not os.path.exists(path) or not os.path.exists(fingerprint_path(path)):
         return None
     content = read_json(fingerprint_path(path))
     for key, kind in (("vocabulary", str), ("pad_id", int), ("bytes", int)):
@@ -83,7 +83,7 @@ def check_vocabulary(path, tokenizer):
     vocabulary is another one."""
     content = read_fingerprint(path)
     if content is None:
-        # The same line for all files of a folder, so that it is printed once.
+        # The same line for all files of a folder, so that `config.note` prints it once.
         return (f"{os.path.dirname(path) or os.curdir}: files without a fingerprint (an older data.py wrote "
                 f"none), so it is not checked whether their vocabulary is that of {tokenizer.name}")
     if content["vocabulary"] != tokenizer.fingerprint:
@@ -185,7 +185,7 @@ class DataLoader:
 
     task: "pretrain" reads text, "sft" instruction rows.
     tokenizer: if given, every file must have been prepared with its vocabulary, and its <|Padding|> ends the
-    rows; a line on standard error says if a file has no fingerprint to check.
+    rows. `note` is then a line to print if a file has no fingerprint to check, or "".
     vocab_size: if given (a tokenizer implies it), a larger token id is refused.
 
     Raises InputError naming the file that does not fit."""
@@ -197,15 +197,14 @@ class DataLoader:
         self.rank = rank
         self.world_size = world_size
         self.vocab_size = tokenizer.vocab_size if tokenizer else vocab_size
+        # First of all, as a wrong <|Padding|> makes rows of odd lengths.
+        unchecked = [check_vocabulary(path, tokenizer) for path in paths] if tokenizer else []
+        self.note = next(filter(None, unchecked), "")
         pad_id = tokenizer.pad_id if tokenizer else None
         if task == "sft":
             self.sources = [InstructionRows(path, block_size, pad_id) for path in paths]
         else:
             self.sources = [TextBlocks(path, block_size) for path in paths]
-        for path in paths if tokenizer else []:
-            unchecked = check_vocabulary(path, tokenizer)
-            if unchecked:
-                note(unchecked)
         self.batches = [source.n_rows // batch_size for source in self.sources]  # in an epoch, by file
         self.position = 0  # micro-batches read so far, by all processes together
         self.orders = {}  # (epoch, file) → rows, for the epoch under way

@@ -3,19 +3,17 @@
     python evaluate.py -m checkpoint/pretrain_best.pt --text dataset/pretrain.txt
     python evaluate.py -m checkpoint/sft_best.pt --data dataset/sft_val.npy
     python evaluate.py -m checkpoint/sft_best.pt --qa dataset/sample_heldout.jsonl
-    python evaluate.py -m checkpoint/sft_best.pt --ceval DIR      (a folder of C-Eval's CSV files)
+    python evaluate.py -m checkpoint/sft_best.pt --ceval DIR      (or a file; C-Eval's or CMMLU's columns)
+    python evaluate.py -m checkpoint/sft_best.pt --ceval DIR --shots 5      (examples from the folder dev)
+    python evaluate.py -m checkpoint/sft_best.pt --ceval DIR --contamination dataset/pretrain.txt
 
 The last line on standard output is one JSON object with every score.
 """
 
-import csv
-import glob
-import json
 import math
-import os
 import sys
 
-from config import IGNORE, InputError, Parser, before_imports, run_script
+from config import IGNORE, InputError, Parser, before_imports, note, print_json, run_script
 from cpu import native
 
 
@@ -24,15 +22,26 @@ def command_line():
     cli.add_argument("-m", "--model", required=True, metavar="FILE", help="checkpoint")
     cli.add_argument("--text", metavar="FILE", help="loss and bits per character over all of a text")
     cli.add_argument("--data", metavar="FILE", help="loss over all of a prepared .npy file")
-    cli.add_argument("--qa", metavar="FILE", help="exact match on the question-answer pairs of a JSONL file")
-    cli.add_argument("--ceval", metavar="DIR",
-                     help="accuracy on multiple choice, CSV files as C-Eval has them")
+    cli.add_argument("--qa", metavar="FILE",
+                     help="exact match on questions and answers, in any form that data.py --sft reads")
+    cli.add_argument("--ceval", metavar="PATH",
+                     help="accuracy on multiple choice: a CSV file, or a folder of them, as C-Eval has them")
+    cli.add_argument("--shots", type=int, default=0, choices=range(6), metavar="0..5",
+                     help="examples before each question of --ceval (default %(default)s)")
+    cli.add_argument("--dev", metavar="DIR", help="where the examples are (default: the folder dev, in "
+                     "the folder of --ceval or beside it)")
+    cli.add_argument("--contamination", nargs="+", metavar="FILE",
+                     help="also count the questions of --ceval and --qa that occur in this training text")
     cli.add_argument("--show", type=int, default=5, metavar="N", help="print N right and N wrong answers")
     cli.add_argument("--int8", action="store_true", help="score with int8 weights, on a CPU")
     cli.add_argument("--device", default="auto")
     args = cli.parse_args()
     if not (args.text or args.data or args.qa or args.ceval):
         cli.error("nothing to score: give --text, --data, --qa or --ceval")
+    if args.contamination and not (args.qa or args.ceval):
+        cli.error("--contamination looks for the questions of --ceval or --qa: give one of them")
+    if (args.shots or args.dev) and not args.ceval:
+        cli.error("--shots and --dev belong to --ceval")
     return args
 
 
@@ -45,170 +54,237 @@ import torch
 from tqdm import tqdm
 
 import checkpoint as ckpt
-from dataloader import InstructionRows, TextBlocks, open_array
+from contamination import count_contamination
+from data_inputs import DOCUMENTS, Source
+from data_rows import load_conversations
+from data_split import Counts
+from data_text import read_text
+from dataloader import InstructionRows, check_vocabulary, open_array
 from device import pick_device
 from generate import complete, quantize
-from tokenizer import encode_conversation, encode_prompt
+from likelihood import fit_prompt
+from model import batch_loss
+from multiple_choice import print_table, score_choices
+
+IDS_AT_ONCE = 1 << 20
+TEXT_BATCH = 16  # windows of block_size tokens
+ROW_BATCH = 32
+
+
+# ---- Loss ----
+
+def characters_of_ids(tokenizer):
+    """How many characters of text each token id stands for, int64 (V,).
+
+    A word counts all of its characters, <|unknown|> the one that it replaces, and the other special tokens
+    none: they are marks, not text. Their bits are counted all the same."""
+    lengths = np.array([len(token) for token in tokenizer.itos], np.int64)
+    lengths[[tokenizer.stoi[token] for token in tokenizer.special_tokens]] = 0
+    lengths[tokenizer.unknown_id] = 1
+    return lengths
 
 
 @torch.inference_mode()
-def mean_loss(model, batches, total):
-    """Loss per counted token over `batches` of (x, y) arrays (B, T); returns (loss, number of tokens)."""
-    loss = tokens = 0
-    for x, y in tqdm(batches, total=total, desc="loss", unit="batch"):
-        n = int((y != IGNORE).sum())
-        x, y = torch.from_numpy(x).to(model.device), torch.from_numpy(y).to(model.device)
-        loss += n * float(model(x, y)[1])
-        tokens += n
-    return loss / max(1, tokens), tokens
+def score_batches(model, tokenizer, batches, document_mask):
+    """The scores of some batches (x, y), int64 arrays (B, T), as a dict.
+
+    loss: nats a predicted token. bits_per_character: the bits of all predicted tokens by the number of their
+    characters (None if they have none). unknown: how many of them are <|unknown|>."""
+    lengths = characters_of_ids(tokenizer)
+    nats = 0.0
+    n_tokens = 0
+    n_characters = 0
+    n_unknown = 0
+    for x, y in tqdm(batches, desc="loss", unit="batch"):
+        predicted = y[y != IGNORE]
+        x = torch.from_numpy(x).to(model.device)
+        y = torch.from_numpy(y).to(model.device)
+        loss = batch_loss(model, x, y, document_mask, tokenizer.bos_id, tokenizer.eos_id)
+        nats += len(predicted) * float(loss)
+        n_tokens += len(predicted)
+        n_characters += int(lengths[predicted].sum())
+        n_unknown += int((predicted == tokenizer.unknown_id).sum())
+    bits_per_character = nats / math.log(2) / n_characters if n_characters else None
+    return {"loss": nats / max(1, n_tokens), "bits_per_character": bits_per_character,
+            "tokens": n_tokens, "characters": n_characters, "unknown": n_unknown}
 
 
-def text_batches(ids, block_size, batch_size=16):
-    """Every token of `ids` (1-D) but the first is a target once, in windows of block_size, in order."""
-    n = math.ceil((len(ids) - 1) / block_size)
-    padded = np.full(n * block_size + 1, IGNORE, np.int64)
-    padded[: len(ids)] = ids
-    x, y = padded[:-1].reshape(n, block_size), padded[1:].reshape(n, block_size)
-    return [(np.maximum(x[i : i + batch_size], 0), y[i : i + batch_size]) for i in range(0, n, batch_size)]
+def window_batches(pieces, block_size, pad_id):
+    """Yield batches (x, y) of windows, (B, block_size), over the ids that come in `pieces`, arrays (n,).
+
+    Every id but the first is a target once, in order. No more ids are in memory than a piece and a batch."""
+    rest = np.empty(0, np.int64)
+    size = TEXT_BATCH * block_size
+    for piece in pieces:
+        ids = np.concatenate([rest, piece])
+        start = 0
+        while start + size < len(ids):
+            yield (ids[start : start + size].reshape(-1, block_size),
+                   ids[start + 1 : start + size + 1].reshape(-1, block_size))
+            start += size
+        rest = ids[start:]
+    n = -(-(len(rest) - 1) // block_size)
+    if n > 0:
+        x = np.full(n * block_size, pad_id, np.int64)
+        y = np.full(n * block_size, IGNORE, np.int64)
+        x[: len(rest) - 1] = rest[:-1]
+        y[: len(rest) - 1] = rest[1:]
+        yield x.reshape(n, block_size), y.reshape(n, block_size)
 
 
-def score_text(model, tokenizer, path):
+def last_cut(text, tokenizer, longest):
+    """Where `text`, which goes on, can be cut in two that are encoded as in the whole: no entry of the
+    vocabulary, of at most `longest` characters, reaches across. 0 if nowhere."""
+    for cut in range(len(text) - longest + 1, 0, -1):
+        if not any(text[start:end] in tokenizer.stoi for start in range(max(0, cut - longest + 1), cut)
+                   for end in range(cut + 1, start + longest + 1)):
+            return cut
+    return 0
+
+
+def encode_pieces(tokenizer, path):
+    """Yield the ids of a UTF-8 text, piece by piece, as encoding all of it gives them. Raises InputError."""
+    longest = max(len(token) for token in tokenizer.itos)
+    has_words = any(len(token) > 1 and token not in tokenizer.special_tokens for token in tokenizer.itos)
+    rest = ""
     try:
-        with open(path, encoding="utf-8-sig") as f:
-            text = f.read()
+        # A piece never ends within a special token, but may end within a word of the vocabulary.
+        for text in read_text(Source(path, path, DOCUMENTS), Counts()):
+            text = rest + text
+            cut = last_cut(text, tokenizer, longest) if has_words else len(text)
+            rest = text[cut:]
+            yield tokenizer.encode(text[:cut], allow_special=True)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 at byte {error.start}") from None
-    ids = tokenizer.encode(text, allow_special=True)
-    if len(ids) < 2:
-        raise InputError(f"{path}: too short to score")
-    batches = text_batches(ids, model.config.block_size)
-    loss, tokens = mean_loss(model, batches, len(batches))
-    unknown = int((ids == tokenizer.unknown_id).sum())
-    return {"loss": loss, "bits_per_character": loss / math.log(2), "tokens": tokens, "unknown": unknown}
+    if rest:
+        yield tokenizer.encode(rest, allow_special=True)
 
 
-def score_data(model, path):
+def score_text(model, tokenizer, path, document_mask):
+    batches = window_batches(encode_pieces(tokenizer, path), model.config.block_size, tokenizer.pad_id)
+    scores = score_batches(model, tokenizer, batches, document_mask)
+    if not scores["tokens"]:
+        raise InputError(f"{path}: too short to score; it must hold at least two tokens")
+    return scores
+
+
+def read_ids(path, data, vocab_size):
+    """Yield the ids of an opened array, (n,) or (n, 2), piece by piece, without leaving it in memory.
+
+    A memory map would stay there, page by page. Raises InputError for an id beyond the vocabulary."""
+    width = 1 if data.ndim == 1 else data.shape[1]
+    with open(path, "rb") as file:
+        file.seek(data.offset)
+        while len(ids := np.fromfile(file, data.dtype, IDS_AT_ONCE * width)):
+            largest = int(ids[::width].max())
+            if largest >= vocab_size:
+                raise InputError(f"{path}: holds token id {largest}, beyond the model's vocabulary of "
+                                 f"{vocab_size}; prepare it with data.py --tokenizer")
+            yield ids
+
+
+def row_batches(source):
+    """Yield batches (x, y) of all instruction rows of an InstructionRows, short ones first."""
+    rows = source.fixed_rows(source.n_rows)
+    for start in range(0, len(rows), ROW_BATCH):
+        yield source.batch(rows[start : start + ROW_BATCH])
+
+
+def score_data(model, tokenizer, path, document_mask):
     data = open_array(path)
-    largest = int((data if data.ndim == 1 else data[:, 0]).max(initial=0))
-    if largest >= model.config.vocab_size:
-        raise InputError(f"{path}: holds token id {largest}, beyond the model's vocabulary of "
-                         f"{model.config.vocab_size}; prepare it with data.py --tokenizer")
+    unchecked = check_vocabulary(path, tokenizer)
+    if unchecked:
+        note(unchecked)
+    pieces = read_ids(path, data, model.config.vocab_size)
     if data.ndim == 1:
-        source = TextBlocks(path, model.config.block_size)
-        batches = text_batches(np.asarray(source.tokens), model.config.block_size)
+        batches = window_batches(pieces, model.config.block_size, tokenizer.pad_id)
     else:
-        source = InstructionRows(path, model.config.block_size)
-        rows = source.fixed_rows(source.n_rows)
-        batches = [source.batch(rows[i : i + 32]) for i in range(0, len(rows), 32)]
-    loss, tokens = mean_loss(model, batches, len(batches))
-    return {"loss": loss, "bits_per_character": loss / math.log(2), "tokens": tokens}
+        for _ in pieces:  # only looks for ids beyond the vocabulary
+            pass
+        batches = row_batches(InstructionRows(path, model.config.block_size, tokenizer.pad_id))
+    scores = score_batches(model, tokenizer, batches, document_mask)
+    if not scores["tokens"]:
+        raise InputError(f"{path}: holds no token to score; run python data.py")
+    return scores
 
 
-def read_pairs(path):
-    """Question-answer pairs of a JSONL file. Raises InputError naming the line."""
-    pairs, number = [], 0
-    try:
-        with open(path, encoding="utf-8-sig") as f:
-            for line in f:
-                number += 1
-                if line.strip():
-                    row = json.loads(line)
-                    pairs.append((row["question"] + "", row["answer"] + ""))  # TypeError if not strings
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f'{path}, line {number}: must be {{"question": …, "answer": …}}') from None
-    if not pairs:
-        raise InputError(f"{path}: holds no pairs")
-    return pairs
+# ---- Questions and answers ----
+
+def score_pairs(model, tokenizer, conversations, show):
+    """Greedy answers to the last question of each conversation, after its earlier turns, against the expected
+    ones, character for character.
+
+    A prompt that leaves no room for the expected answer loses earlier turns, then the beginning of the
+    question. Both are counted, as are answers that no answer can equal: without room (no_room), or with
+    characters outside the vocabulary (unknown_in_answer)."""
+    counts = {"fewer_turns": 0, "cut_questions": 0, "no_room": 0, "unknown_in_answer": 0}
+    asked = []
+    prompts = []
+    longest = 0
+    for *turns, (question, answer) in conversations:
+        n_answer = len(tokenizer.encode(answer)) + 1  # and <|eos|>
+        prompt, n_dropped, is_cut = fit_prompt(tokenizer, turns, question, model.config.block_size - n_answer)
+        counts["unknown_in_answer"] += bool(tokenizer.unknown(answer))
+        if prompt is None:
+            counts["no_room"] += 1
+            continue
+        counts["fewer_turns"] += n_dropped > 0
+        counts["cut_questions"] += is_cut
+        asked.append((question, answer))
+        prompts.append(prompt)
+        longest = max(longest, n_answer)
+    rows = []
+    for i in tqdm(range(0, len(prompts), 64), desc="answers", unit="batch"):
+        answers = complete(model, prompts[i : i + 64], longest + 1, stop_ids=(tokenizer.eos_id,),
+                           temperature=0)
+        for (question, wanted), ids in zip(asked[i : i + 64], answers, strict=True):
+            rows.append((question, tokenizer.decode(ids), wanted))
+    right = [row for row in rows if row[1] == row[2]]
+    wrong = [row for row in rows if row[1] != row[2]]
+    for question, got, _ in right[:show]:
+        print(f"  right: {question} → {got}")
+    for question, got, wanted in wrong[:show]:
+        print(f"  wrong: {question} → {got}   (expected {wanted})")
+    return {"exact_match": len(right) / len(conversations), "right": len(right),
+            "questions": len(conversations), **counts}
 
 
-def score_pairs(model, tokenizer, pairs, show):
-    """Greedy answers against the expected ones, character for character."""
-    prompts = [encode_prompt(tokenizer, [], question) for question, _ in pairs]
-    limit = 2 + max(len(tokenizer.encode(answer)) for _, answer in pairs)
-    right = []
-    for i in tqdm(range(0, len(pairs), 64), desc="answers", unit="batch"):
-        for (question, answer), ids in zip(pairs[i:], complete(model, prompts[i : i + 64], limit,
-                                           stop_ids=(tokenizer.eos_id,), temperature=0), strict=False):
-            right.append((tokenizer.decode(ids) == answer, question, tokenizer.decode(ids), answer))
-    for verdict, mark in ((True, "right"), (False, "wrong")):
-        for _, question, got, answer in [row for row in right if row[0] is verdict][:show]:
-            print(f"  {mark}: {question} → {got}" + ("" if verdict else f"   (expected {answer})"))
-    n_right = sum(row[0] for row in right)
-    return {"exact_match": n_right / len(pairs), "right": n_right, "questions": len(pairs)}
-
-
-def read_choices(path):
-    """The rows of one of C-Eval's files, as dicts. Raises InputError naming the file and the line."""
-    columns = ("question", "A", "B", "C", "D", "answer")
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as f:
-            reader = csv.DictReader(f)
-            rows = []
-            for row in reader:
-                if any(row.get(name) is None for name in columns):
-                    raise InputError(f"{path}, line {reader.line_num}: needs the columns "
-                                     f"{', '.join(columns)}")
-                rows.append(row)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: not a CSV file in UTF-8 ({error})") from None
-    if not rows:
-        raise InputError(f"{path}: holds no questions")
-    return rows
-
-
-@torch.inference_mode()
-def score_choices(model, tokenizer, folder):
-    """Answer each question with the option whose text the model finds likeliest, a token on average."""
-    paths = sorted(glob.glob(os.path.join(glob.escape(folder), "*.csv")))
-    if not paths:
-        raise InputError(f"{folder}: holds no .csv files")
-    scores = {}
-    for path in tqdm(paths, desc="multiple choice", unit="subject"):
-        rows = read_choices(path)
-        right = 0
-        for row in rows:
-            losses = []
-            for letter in "ABCD":
-                ids, mask = encode_conversation(tokenizer, [(row["question"], row[letter])])
-                ids, mask = np.asarray(ids, np.int64), np.asarray(mask)
-                y = np.where(mask[1:] == 1, ids[1:], IGNORE)[-model.config.block_size:]
-                x = ids[:-1][-model.config.block_size:]
-                losses.append(float(model(torch.from_numpy(x)[None].to(model.device),
-                                          torch.from_numpy(y)[None].to(model.device))[1]))
-            right += "ABCD"[int(np.argmin(losses))] == row["answer"]
-        scores[os.path.splitext(os.path.basename(path))[0]] = (right, len(rows))
-    total, right = sum(n for _, n in scores.values()), sum(r for r, _ in scores.values())
-    return {"accuracy": right / total, "right": right, "questions": total, "chance": 0.25,
-            "subjects": {name: r / n for name, (r, n) in scores.items()}}
+def print_scores(scores):
+    """A table for people, without what `print_table` has printed."""
+    for name, values in scores.items():
+        for key, value in values.items() if isinstance(values, dict) and name != "ceval" else []:
+            print(f"{name:6} {key:20} {value if not isinstance(value, float) else format(value, '.4f')}")
 
 
 def main():
     args = command_line()
-    model, tokenizer = ckpt.build_model(ckpt.load(args.model), args.model)
+    checkpoint = ckpt.load(args.model)
+    document_mask = checkpoint["train_config"].get("document_mask", False)
+    model, tokenizer = ckpt.build_model(checkpoint, args.model)
     model.to(pick_device(args.device))
     if args.int8:
         quantize(model)
     scores = {"model": args.model}
+    pairs = []
     if args.text:
-        scores["text"] = score_text(model, tokenizer, args.text)
+        scores["text"] = score_text(model, tokenizer, args.text, document_mask)
     if args.data:
-        scores["data"] = score_data(model, args.data)
+        scores["data"] = score_data(model, tokenizer, args.data, document_mask)
     if args.qa:
+        conversations = load_conversations(args.qa)
+        pairs += [turns[-1] for turns in conversations]
         native.wait("decode.c")  # so that every answer is computed in the same way
-        scores["qa"] = score_pairs(model, tokenizer, read_pairs(args.qa), args.show)
+        scores["qa"] = score_pairs(model, tokenizer, conversations, args.show)
     if args.ceval:
-        scores["ceval"] = score_choices(model, tokenizer, args.ceval)
+        scores["ceval"], questions = score_choices(model, tokenizer, args.ceval, args.shots, args.dev,
+                                                   args.show)
+        pairs += [(question.text, question.right_option) for question in questions]
+        print_table(scores["ceval"])
+    if args.contamination:
+        scores["contamination"] = count_contamination(pairs, args.contamination)
     sys.stderr.flush()
-    for name, values in scores.items():
-        for key, value in values.items() if isinstance(values, dict) else []:
-            print(f"{name:6} {key:20} {value if not isinstance(value, float) else format(value, '.4f')}")
-    print(json.dumps(scores, ensure_ascii=False))
+    print_scores(scores)
+    print_json(scores)
 
 
 if __name__ == "__main__":

@@ -117,12 +117,14 @@ def replace_folder(temporary, folder):
     for name in os.listdir(temporary):
         sync_file(os.path.join(temporary, name))
     earlier = f"{temporary}.earlier"
-    if os.path.isdir(folder):
+    replaces = os.path.isdir(folder)
+    if replaces:
         os.rename(folder, earlier)
     try:
         os.rename(temporary, folder)
     except OSError:
-        os.rename(earlier, folder)
+        if replaces:
+            os.rename(earlier, folder)
         raise
     sync_folder(folder)
     shutil.rmtree(earlier, ignore_errors=True)

@@ -38,12 +38,9 @@ class KVCache:
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.ids = torch.zeros(batch_size, length, dtype=torch.long, device=device)
-        self.n_tokens = 0
+        self.length = length
         self.limit = min(length, config.block_size)  # of n_tokens
-
-    @property
-    def length(self):
-        return self.k.size(3)
+        self.n_tokens = 0
 
     def columns(self, n_new):
         """The columns of the next n_new tokens, (n_new,)."""
@@ -174,7 +171,7 @@ class Attention(nn.Module):
             k, v = cache.update(self.layer, k, v)  # (B, nkv, S, hs)
         is_grouped = self.n_kv_head != self.n_head
         if isinstance(mask, torch.Tensor | None):
-            can_use_flash = self.has_flash and mask is None and v.element_size() == 2
+            can_use_flash = self.has_flash and mask is None and v.dtype in (torch.float16, torch.bfloat16)
             if is_grouped and self.is_on_gpu and not can_use_flash:
                 # The other kernels cannot share heads, and torch would fall back to writing out all scores.
                 k = k.repeat_interleave(self.n_head // self.n_kv_head, dim=1)  # (B, nh, S, hs)
@@ -287,9 +284,10 @@ class GPT(nn.Module):
         # Asked here, since the compiler cannot trace the questions. FlexAttention wants heads of 16 or more.
         self.use_flex_attention = has_flex_attention(self.device) and head_size >= 16
         is_cuda = self.device.type == "cuda"
+        has_flash = is_cuda and torch.cuda.get_device_capability(self.device) >= (8, 0)
         for block in self.transformer["h"]:
             block.attn.is_on_gpu = is_cuda
-            block.attn.has_flash = is_cuda and torch.cuda.get_device_capability(self.device) >= (8, 0)
+            block.attn.has_flash = has_flash and torch.backends.cuda.flash_sdp_enabled()
 
     @property
     def device(self):

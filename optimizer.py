@@ -51,7 +51,7 @@ def orthogonalize(matrices, coefficients, steps, eps):
 
 
 def orthogonalize_bfloat16(matrices, coefficients, steps, eps):
-    """`orthogonalize` in bfloat16, as torch.optim.Muon computes it: X changes in each step.
+    """`orthogonalize` of float32 matrices in bfloat16, as torch.optim.Muon computes it: X changes every step.
 
     The product of all p, which orthogonalize uses, has entries too large for bfloat16's 8 bits to hold the
     small ones beside them."""
@@ -60,7 +60,7 @@ def orthogonalize_bfloat16(matrices, coefficients, steps, eps):
     multiply_add = torch.addmm if matrices.ndim == 2 else torch.baddbmm
     x = matrices.bfloat16()
     x = x.mT if is_tall else x
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
+    x.div_(x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps))
     for _ in range(steps):
         gram = x @ x.mT
         p = multiply_add(gram, gram, gram, beta=b, alpha=c)
@@ -75,36 +75,45 @@ class Muon(torch.optim.Muon):
     of many small ones. On a CPU, where that is slower (1.07 to 1.15 times), they go one by one.
     rank, world_size: this process, and how many of the default process group hold the same model. Each
     orthogonalises its share of a group and gets the rest from the others.
-    in_bfloat16: where bfloat16 is fast; elsewhere a CPU computes it a hundred times slower than float32."""
+    in_bfloat16: where bfloat16 is fast; elsewhere a CPU computes it a hundred times slower than float32.
+    compiles: let torch.compile fuse the iteration."""
 
-    def __init__(self, params, rank=0, world_size=1, in_bfloat16=False, **settings):
+    def __init__(self, params, rank=0, world_size=1, in_bfloat16=False, compiles=False, **settings):
         super().__init__(params, adjust_lr_fn="match_rms_adamw", **settings)
         self.rank = rank
         self.world_size = world_size
-        self.in_bfloat16 = in_bfloat16
+        self.iterate = orthogonalize_bfloat16 if in_bfloat16 else orthogonalize
+        if compiles:
+            self.iterate = torch.compile(self.iterate, dynamic=False)
 
     @torch.no_grad()
     def step(self, closure=None):
         pending = []
         for group in self.param_groups:
-            by_shape = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    by_shape.setdefault(p.shape, []).append(p)
-            for params in by_shape.values():
-                gathered, work = self._gather(self._orthogonal_share(params, group))
-                pending.append((group, params, gathered, work))
-        for group, params, gathered, work in pending:
-            if work is not None:
-                work.wait()
-            updates = gathered[: len(params)].to(params[0].dtype).unbind()
-            scale = 0.2 * math.sqrt(max(params[0].shape))  # to the size of AdamW's updates (Liu et al. 2025)
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(params, updates, alpha=-group["lr"] * scale)
+            for params in self._batches(group["params"]):
+                share = self._orthogonal_share(params, group)
+                if self.world_size == 1:
+                    self._apply(params, share, group)
+                else:
+                    shares = [torch.empty_like(share) for _ in range(self.world_size)]
+                    work = torch.distributed.all_gather(shares, share, async_op=True)
+                    pending.append((params, shares, group, work))
+        for params, shares, group, work in pending:
+            work.wait()
+            self._apply(params, torch.cat(shares), group)
+
+    def _batches(self, params):
+        """Lists of the params whose updates are computed together."""
+        batches = {}
+        for i, p in enumerate(params):
+            one_by_one = p.device.type == "cpu" and self.world_size == 1
+            if p.grad is not None:
+                batches.setdefault(i if one_by_one else p.shape, []).append(p)
+        return batches.values()
 
     def _orthogonal_share(self, params, group):
-        """Update the momentum of all params (m, n); return the orthogonal updates of this process's share of
-        them, (ceil(G / world_size), m, n), with zeros for what there is not."""
+        """Update the momentum of G params, all (m, n); return the orthogonal updates of this process's share
+        of them, (ceil(G / world_size), m, n), the last of which may be zeros for lack of params."""
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -115,25 +124,21 @@ class Muon(torch.optim.Muon):
         own = slice(self.rank * n_own, (self.rank + 1) * n_own)
         updates = momentum[own]
         if group["nesterov"] and updates:
-            updates = torch._foreach_lerp(grads[own], updates, group["momentum"])
-        iterate = orthogonalize_bfloat16 if self.in_bfloat16 else orthogonalize
+            updates = list(torch._foreach_lerp(grads[own], updates, group["momentum"]))
+        updates += [torch.zeros_like(params[0])] * (n_own - len(updates))
         settings = (group["ns_coefficients"], group["ns_steps"], group["eps"])
-        m, n = params[0].shape
-        dtype = torch.bfloat16 if self.in_bfloat16 else torch.float32
-        share = torch.zeros(n_own, m, n, dtype=dtype, device=params[0].device)
-        if updates and share.device.type == "cpu":
-            for row, update in zip(share, updates, strict=False):
-                row.copy_(iterate(update, *settings))
-        elif updates:
-            share[: len(updates)] = iterate(torch.stack(updates), *settings)
-        return share
+        if params[0].device.type != "cpu":
+            return self.iterate(torch.stack(updates), *settings)
+        results = [self.iterate(update, *settings) for update in updates]
+        return torch.stack(results) if n_own > 1 else results[0][None]
 
-    def _gather(self, share):
-        """The shares of all processes, one after the other, and what to wait for before they are there."""
-        if self.world_size == 1:
-            return share, None
-        gathered = share.new_empty(self.world_size * len(share), *share.shape[1:])
-        return gathered, torch.distributed.all_gather_into_tensor(gathered, share, async_op=True)
+    def _apply(self, params, updates, group):
+        """Decay the params and subtract their updates, scaled to the size of AdamW's (Liu et al. 2025)."""
+        if updates.device.type != "cpu":
+            updates = updates.to(params[0].dtype)  # else each is added by a launch of its own
+        scale = 0.2 * math.sqrt(max(params[0].shape))
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(params, updates[: len(params)].unbind(), alpha=-group["lr"] * scale)
 
 
 def set_lr(param_groups, lr):
@@ -174,14 +179,14 @@ class Optimizers:
             optimizer.load_state_dict({**state, "param_groups": groups})
 
 
-def build_optimizer(model, config: TrainConfig, fast_bfloat16=False, rank=0, world_size=1):
+def build_optimizer(model, config: TrainConfig, fast_bfloat16=False, rank=0, world_size=1, compiles=False):
     """AdamW for everything, or Muon for the matrices inside the blocks and AdamW for the rest.
 
     Weight decay applies to matrices only, as in GPT-2 and nanoGPT. Muon's update is scaled to AdamW's size,
     so that both use one learning rate. The embeddings, of which a step reads a few rows, may have a higher
     one (`embedding_lr`; the tables of preceding tokens, which are summed with the token's, a share of it).
     The weight decay of a step stays that of the rest. fast_bfloat16: is bfloat16 faster than float32 on the
-    model's device? rank, world_size: see Muon.
+    model's device? rank, world_size, compiles: see Muon.
 
     The first step of a process imports torch's compiler, which torch's optimizers ask for: 1.0 s of CPU time,
     as much as importing torch."""
@@ -209,6 +214,6 @@ def build_optimizer(model, config: TrainConfig, fast_bfloat16=False, rank=0, wor
                               betas=(config.beta1, config.beta2), fused=device_type in ("cuda", "cpu"))
     if not hidden:
         return Optimizers([adamw])
-    muon = Muon(hidden, rank, world_size, in_bfloat16=fast_bfloat16,
+    muon = Muon(hidden, rank, world_size, fast_bfloat16, compiles and device_type == "cuda",
                 lr=config.learning_rate, weight_decay=config.weight_decay)
     return Optimizers([adamw, muon])

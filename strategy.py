@@ -16,6 +16,7 @@ import checkpoint as ckpt
 from config import IGNORE, TrainConfig
 from device import (
     can_compile,
+    compile_model,
     has_fast_bfloat16,
     pick_device,
     pick_dtype,
@@ -52,9 +53,6 @@ class SingleProcess:
         is_long = config.max_steps == 0 or config.max_steps >= COMPILED_STEPS
         self.compiles = config.compile == "true" or (
             config.compile == "auto" and is_long and can_compile(self.device))
-        accumulation = config.gradient_accumulation_steps // self.world_size
-        rows = 1 if self.device.type != "cuda" else max(1, FOLDED_TOKENS // (config.batch_size * 256))
-        self.fold = max(n for n in range(1, accumulation + 1) if accumulation % n == 0 and n <= rows)
 
     def say(self, text):
         if self.is_main:
@@ -70,7 +68,16 @@ class SingleProcess:
         The model itself stays uncompiled: validation and generation meet many shapes."""
         self.model = model
         self.optimizer = optimizer
-        return torch.compile(model, dynamic=False) if self.compiles else model
+        accumulation = self.config.gradient_accumulation_steps // self.world_size
+        self.fold = 1  # micro-batches in a pass
+        if self.device.type == "cuda":
+            most = FOLDED_TOKENS // (self.config.batch_size * model.config.block_size)
+            self.fold = max(n for n in range(1, accumulation + 1)
+                            if accumulation % n == 0 and n <= max(1, most))
+        if not self.compiles:
+            return model
+        one_pass = self.fold == accumulation and self.world_size == 1 and not self.config.document_mask
+        return compile_model(model, self.device, one_pass)
 
     def validated(self, trained):
         """The model that validation calls, given what `wrap` returned."""

@@ -86,7 +86,8 @@ def fit(model, tokenizer, loader, val_loader, config, strategy, run):
 
     model: a GPT on the strategy's device. loader, val_loader: DataLoaders or alike. run: a Run; it is opened
     here. Returns a dict: step, val_loss, best_val_loss, tokens, seconds, signal, log."""
-    optimizer = build_optimizer(model, config, strategy.fast_bfloat16, strategy.rank, strategy.world_size)
+    optimizer = build_optimizer(model, config, strategy.fast_bfloat16, strategy.rank, strategy.world_size,
+                                strategy.compiles)
     trained = strategy.wrap(model, optimizer)  # compiled or distributed; `model` shares its weights
     torch.manual_seed(config.random_seed + 1000 * strategy.rank + 1)  # dropout: another one on each rank
     step = 0
@@ -236,8 +237,6 @@ def setup_training(args, strategy):
                       tokenizer=tokenizer)
         loader = DataLoader([pair[0] for pair in paths], **shared)
         loader.require_full_batches()
-        if loader.note:
-            strategy.say(f"note: {loader.note}")
         return loader, DataLoader([pair[1] for pair in paths], **shared)
 
     return build_run(config, strategy, args.task, tokenizer, args.model, make_loaders, args.root,

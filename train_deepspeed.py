@@ -113,7 +113,6 @@ class Zero(DataParallel):
             raise InputError(f"{name}: not under DeepSpeed, which takes the step itself; use train_ddp.py")
         super().setup(config)
         self.compiles = False
-        self.fold = 1  # the engine counts micro-batches
         threading.Thread(target=leave_with_launcher, daemon=True).start()
 
     def wrap(self, model, optimizer):
@@ -124,6 +123,7 @@ class Zero(DataParallel):
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         n_params = model.n_params()
         self.model = model
+        self.fold = 1  # the engine counts micro-batches
         self.engine = self.deepspeed.initialize(model=model, optimizer=self.build_adamw(groups),
                                                 config=self.engine_config())[0]
         for name, buffer in model.named_buffers():

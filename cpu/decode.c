@@ -4,9 +4,9 @@
    order of parts, on plain arrays, after llm.c and llama2.c (Karpathy 2023, 2024). Letters as there: B batch,
    C n_embd, nh heads, nkv key/value heads, hs head size, V vocab_size, S tokens attended to.
 
-   Every thread walks through all of `decode`. What costs is shared out, mostly by rows of a weight matrix; a
-   norm costs less than waiting for another thread, so that each computes it for itself. The barriers stand
-   between what one thread writes and another reads. */
+   Every thread runs all of `decode`. The costly parts are split among the threads, mostly by rows of a weight
+   matrix; a norm costs less than waiting for another thread, so each thread computes it for itself. Barriers
+   separate what one thread writes from what another reads. */
 
 #include <math.h>
 #include <stddef.h>
@@ -53,8 +53,8 @@ INLINE float sum_of(vec v) {
     return (low[0] + low[2]) + (low[1] + low[3]);
 }
 
-/* w (n) · x (n), with four sums, which hide the latency of a multiply-add. A row at a time: memory is read
-   fastest in one stream. */
+/* w (n) · x (n), with four sums, which hide the latency of a multiply-add. One row at a time, since memory is
+   read fastest in one stream. */
 INLINE float dot_float(const float *w, const float *x, int n) {
     vec sum[4] = {{0}};
     int i = 0;
@@ -93,12 +93,12 @@ INLINE float dot_int8(const int8_t *w, const int16_t *x, int n) {
     return total;
 }
 
-/* What a linear layer reads: x (B, n), and made of it by `prepare`: for one sequence and int8 weights q (n),
-   integers, which times `scale` are x; for several sequences lanes (groups, n, 16), the numbers of 16 sequences
-   side by side, and room for six rows of weights. */
+/* The input of a linear layer, x (B, n), and what `prepare` makes of it. One sequence and int8 weights: q
+   (n), integers that times `scale` are x. Several sequences: lanes (groups, n, 16), the numbers of 16
+   sequences side by side, and room for six rows of weights. */
 typedef struct { const float *x; int16_t *q; float scale, *lanes, *rows; } Input;
 
-enum { GROUP = 2 * LANES, ROWS = 6 }; /* 12 sums of lanes, as the registers hold */
+enum { GROUP = 2 * LANES, ROWS = 6 }; /* 12 vectors of sums, as many as the registers hold */
 INLINE int in_groups(int B) { return (B + GROUP - 1) / GROUP * GROUP; }
 
 static void prepare(Input *in, const Linear *l, int n, int B) {
@@ -106,7 +106,7 @@ static void prepare(Input *in, const Linear *l, int n, int B) {
         for (int b = 0; b < B; b++)
             for (int i = 0; i < n; i++)
                 in->lanes[((size_t)(b / GROUP) * n + i) * GROUP + b % GROUP] = in->x[(size_t)b * n + i];
-    } else if (l->scale) { /* integers as large as n products with an int8 can be summed in 32 bits */
+    } else if (l->scale) { /* the largest integers whose n products with an int8 sum up in 32 bits */
         const float most = 2.1e9f / (127.0f * n), largest = most < 32767 ? most : 32767;
         float top = 1e-12f;
 #pragma omp simd reduction(max : top)
@@ -133,7 +133,7 @@ INLINE void put(const Linear *l, float y, int row, int add, float *out) {
     *out = y + (l->bias ? l->bias[row] : 0) + (add ? *out : 0);
 }
 
-/* Outputs from … to - 1 of a linear layer, into (or, with add, onto) out (B, width). */
+/* Outputs `from` to `to` - 1 of a linear layer, written or (add) added to out (B, width). */
 static void linear(const Linear *l, const Input *in, int n, int B, int from, int to, int add, float *out,
                    int width) {
     const float *floats = l->weight;
@@ -208,7 +208,7 @@ static void activate(int kind, float *x, const float *gate, int n) {
     }
 }
 
-/* out = x (n) over its root mean square, times weight (NULL: 1); with layernorm, after taking off its mean. */
+/* out = x (n) over its root mean square, times weight (NULL: 1). layernorm: subtract the mean of x first. */
 static void norm(const float *x, const float *weight, int n, float eps, int layernorm, float *out) {
     float mean = 0, square = 0;
     if (layernorm) {
@@ -226,7 +226,7 @@ static void norm(const float *x, const float *weight, int n, float eps, int laye
         out[i] = (x[i] - mean) * factor * (weight ? weight[i] : 1);
 }
 
-/* A query or key head (hs) in place: rotated, normalised. */
+/* Rotate a query or key head (hs) and divide it by its root mean square, in place, as the model asks. */
 static void rotate_and_norm(const Model *m, float *x, int hs, int position) {
     if (m->cos) {
         const float *cos = m->cos + (size_t)position * hs / 2, *sin = m->sin + (size_t)position * hs / 2;
@@ -272,19 +272,19 @@ static void attend(const float *q, const float *keys, const float *values, int h
         y[i] /= total;
 }
 
-/* Floats of working memory that each thread has to itself: normed (B, widest), lanes, rows, q, scores. */
+/* Floats of working memory that each thread has for itself: normed (B, widest), lanes, rows, q, scores. */
 static size_t own_size(const Model *m, int B, int length) {
     const size_t widest = m->hidden > m->n_embd ? m->hidden : m->n_embd;
     return widest * (B + in_groups(B) + ROWS + 1) + length;
 }
 
-/* Floats of working memory that `decode` needs: x, qkv, y, fc, gate for all threads together, and their own. */
+/* Floats of working memory that `decode` needs: x, qkv, y, fc, gate for all threads, and what each has. */
 size_t work_size(const Model *m, int B, int length) {
     const size_t hs = m->n_embd / m->n_head, qkv = (m->n_head + 2 * m->n_kv_head) * hs;
     return B * (2 * m->n_embd + qkv + 2 * (size_t)m->hidden) + m->n_threads * own_size(m, B, length);
 }
 
-/* The share of thread `rank` of `size` in n rows, in whole blocks of ROWS. */
+/* The part of n rows that thread `rank` of `size` computes, in whole blocks of ROWS. */
 INLINE void share(int n, int rank, int size, int *from, int *to) {
     const int each = (n + ROWS * size - 1) / (ROWS * size) * ROWS;
     *from = each * rank < n ? each * rank : n;

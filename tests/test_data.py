@@ -380,6 +380,9 @@ BAD_ROWS = {
     '{"messages": [{"role": "tool", "content": "s"}]}': 'message 1 does not have the role "user"',
     '{"messages": [{"role": ["user"], "content": "s"}]}': 'message 1 does not have the role "user"',
     '{"conversations": [{"from": "human", "value": 1}, {"from": "gpt", "value": "a"}]}': "question is not a",
+    '{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": ""}, '
+    '{"role": "assistant", "content": "a"}]}': "the question is empty",
+    '{"system": 5, "instruction": "q", "output": "a"}': "the system message is not a string",
     '{"instruction": 7, "output": "a"}': "the question is not a string",
     '{"instruction": "", "input": " ", "output": "a"}': "the question is empty",
     '{"prompt": "q"}': 'the key "response" is missing',

@@ -236,7 +236,7 @@ def test_a_zip_with_folders_and_other_files_is_read(prepare, tmp_path):
             archive.writestr(name, content)
     prepared = prepare("--pretrain", tmp_path / "a.zip", block_size=16)
     assert prepared.documents() == sorted(TEXTS)
-    assert f"note: skipped {tmp_path}/a.zip: books/cover.png: binary data, not text\n" in prepared.stdout
+    assert f"note: skipped {tmp_path}/a.zip: books/cover.png: binary data, not text; " in prepared.stdout
     with pytest.raises(InputError, match="a.zip: no file in it can be used here; .*a.txt: plain text"):
         prepare("--sft", tmp_path / "a.zip")
 
@@ -284,6 +284,16 @@ def test_standard_input_can_be_text_or_rows(tmp_path):
                               input=content, capture_output=True)
         assert done.returncode == 0, done.stderr
         assert (tmp_path / name).exists() and b"standard input: " in done.stdout
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_read_as_a_file_is(tmp_path):
+    """As with data.py --pretrain <(command)."""
+    command = f"'{sys.executable}' '{data.__file__}' --pretrain <(cat a.txt) --out out --block_size 16"
+    (tmp_path / "a.txt").write_text(MARKED)
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["pretrain"][0]["documents"] == len(TEXTS)
 
 
 def test_files_without_a_flag_go_where_their_content_belongs(prepare, tmp_path):
@@ -456,3 +466,13 @@ def test_data_py_works_in_a_folder_that_was_removed(tmp_path):
                f"raise SystemExit(subprocess.call({list(map(str, command))}))")
     done = subprocess.run([sys.executable, "-c", program], cwd=gone, capture_output=True, text=True)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_reader_that_stops_reading_does_not_stop_the_work(tmp_path):
+    """As with data.py … | head -1, if output is not buffered."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-u", data.__file__, FIXTURES / "questions.jsonl", "--out", tmp_path / "out"]
+    subprocess.run(command, stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (tmp_path / "out" / "sft_train.npy").exists()

@@ -250,24 +250,23 @@ OTHERS = Tokenizer.build([map(chr, range(0x4E01, 0x4E01 + 300))])
 
 
 @pytest.mark.parametrize("task", ["pretrain", "sft"])
-def test_a_file_of_another_vocabulary_is_refused_by_name(text, rows, capsys, task):
+def test_a_file_of_another_vocabulary_is_refused_by_name(text, rows, task):
     paths = [text(name="a.npy"), text(name="b.npy")] if task == "pretrain" else [rows([4, 5])] * 2
     for path in paths:
         write_fingerprint(path, OURS)
-    loader(paths, task, tokenizer=OURS)
-    assert capsys.readouterr().err == ""
+    assert loader(paths, task, tokenizer=OURS).note == ""
     write_fingerprint(paths[1], OTHERS)
     with pytest.raises(InputError, match=rf"{paths[1]}: prepared with another vocabulary than {OURS.name}; "
                                          "run python data.py"):
         loader(paths, task, tokenizer=OURS)
 
 
-def test_files_without_a_fingerprint_work_and_one_line_says_so(text, tmp_path, capsys):
+def test_files_without_a_fingerprint_work_and_one_line_says_so(text, tmp_path):
     paths = [text(name="a.npy"), text(name="b.npy")]
-    for path in paths:
-        assert loader(path, tokenizer=OURS).next_batch()[0].shape == (2, BLOCK)
-    [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"note: {tmp_path}: files without a fingerprint")
+    loaders = [loader(path, tokenizer=OURS) for path in paths]
+    assert all(data.next_batch()[0].shape == (2, BLOCK) for data in loaders)
+    assert loaders[0].note.startswith(f"{tmp_path}: files without a fingerprint")
+    assert loaders[0].note == loaders[1].note and "\n" not in loaders[0].note  # which is printed once
 
 
 def test_a_fingerprint_follows_a_copied_file_and_not_one_put_in_its_place(text, tmp_path):
@@ -310,6 +309,22 @@ def test_rows_end_at_the_padding_of_their_vocabulary(rows, knows):
     x, y = source.batch(np.array([0, 1]))
     assert x.tolist() == [[0] * 3 + [tokenizer.pad_id] * 5, [1] * 8]
     assert y.tolist() == [[IGNORE, IGNORE, 0] + [IGNORE] * 5, [IGNORE] * 5 + [1] * 3]
+
+
+def test_a_wrong_vocabulary_is_named_before_the_rows_that_its_padding_would_cut(rows):
+    path = rows([4, 9])
+    write_fingerprint(path, OTHERS)
+    tokenizer = Tokenizer(OURS.itos[6:] + OURS.itos[:6], OURS.itos[:6])  # its <|Padding|> is in no row
+    with pytest.raises(InputError, match="prepared with another vocabulary"):
+        loader(path, "sft", tokenizer=tokenizer)
+
+
+def test_a_fingerprint_without_its_file_is_a_missing_file(text, tmp_path):
+    path = text()
+    write_fingerprint(path, OURS)
+    (tmp_path / "text.npy").unlink()
+    with pytest.raises(InputError, match="text.npy: no such file"):
+        loader(path, tokenizer=OURS)
 
 
 def test_a_fingerprint_depends_on_the_order_of_the_vocabulary():

@@ -418,6 +418,24 @@ def test_an_export_replaces_an_earlier_one_and_nothing_else(chats):
     assert {path: path.read_text() for path in foreign.iterdir()} == kept
 
 
+def test_a_folder_that_cannot_be_renamed_leaves_the_earlier_export(chats, monkeypatch):
+    workspace, _ = chats
+    folder = workspace.path / "renamed_hf"
+    export_to(workspace, "qwen3.pt", "hf", folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    rename = os.rename
+
+    def failing(source, target):
+        if str(source).endswith(".tmp"):
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+    monkeypatch.setattr(os, "rename", failing)
+    message = refusal(workspace, "-m", "apertus.pt", "--to", "hf", folder)
+    assert "renamed_hf: cannot be written (Input/output error)" in message
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert not list(workspace.path.glob("renamed_hf.*"))
+
+
 @pytest.mark.parametrize("target", ["hf", "gguf"])
 def test_a_full_disk_leaves_nothing_behind(chats, target):
     """No file may grow beyond 50 kB, less than the weights take."""

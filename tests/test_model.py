@@ -10,7 +10,8 @@ from conftest import TINY
 from config import IGNORE, ModelConfig
 from cpu import fused
 from device import set_sdp_kernel
-from generate import StaticKVCache, generate, new_cache
+from generate import generate, new_cache
+from generate_gpu import StaticKVCache
 from model import GPT, KVCache, apply_rope, documents_of, positions_in, rope_table
 from script import InputError
 
@@ -128,13 +129,15 @@ def compiled_model():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("way", ["plain", "documents", "flex"])
+@pytest.mark.parametrize("way", ["plain", "documents", "flex", "heads as on a GPU"])
 @pytest.mark.parametrize("values", [{}, VARIANTS["all"]], ids=["default", "all"])
 def test_the_compiled_model_is_one_graph_and_gives_the_same_loss(tiny_model, compiled_model, values, way):
     model = tiny_model(**{**values, "n_head": 2, "n_kv_head": bool(values)})
     idx = some_ids(length=16)
-    documents = None if way == "plain" else documents_of(idx, bos_id=int(idx[0, 5]), eos_id=-1)
+    documents = documents_of(idx, int(idx[0, 5]), -1) if way in ("documents", "flex") else None
     expected = model(idx, idx, documents=documents)[1]
+    for block in model.transformer["h"]:
+        block.attn.is_on_gpu = block.attn.has_flash = way == "heads as on a GPU"
     compiled, graphs = compiled_model(with_flex_attention(model) if way == "flex" else model)
     with torch.no_grad():  # torch has no gradients for flex_attention on a CPU
         for _ in range(3):

@@ -1,0 +1,212 @@
+"""Training files for the Chinese amateur-radio exam, from its bank of questions and from ham_radio.
+
+    python -m studies.radio_exam --bank bank.csv --ham ham_radio --out dataset/exam
+
+--bank: a CSV file in C-Eval's columns. --ham: a folder with pretrain.txt, a text, and sft.jsonl, questions
+and answers. Two experiments:
+
+    OUT/learnt/         ham_radio as it is, and every question of the bank with its right answer
+    OUT/understands/    a fifth of the bank is held out: text, pairs and questions that hold one of its
+                        questions (contamination.py says what counts) are removed, as are pairs that give a
+                        right answer of it word for word
+    OUT/held_out.csv    that fifth, to score `understands` with. Questions that are near copies of each other
+                        are held out together, or not at all
+    OUT/rest.csv        the other four fifths
+    OUT/shuffled/       the whole bank ten times, each with its options in another order
+
+Options are never trained on: a question comes with its right answer alone. The last line on standard output
+is a JSON object with the numbers of what was kept and removed.
+"""
+
+import csv
+import io
+import json
+import os
+import random
+from collections import Counter
+
+from config import InputError, Parser, atomic_write, before_imports, print_json, run_script
+
+
+def command_line():
+    cli = Parser(__doc__)
+    cli.add_argument("--bank", required=True, metavar="FILE", help="CSV: id, question, A, B, C, D, answer")
+    cli.add_argument("--ham", required=True, metavar="DIR", help="folder with pretrain.txt and sft.jsonl")
+    cli.add_argument("--out", required=True, metavar="DIR", help="where to write")
+    cli.add_argument("--repeat", type=int, default=3, metavar="N",
+                     help="write each question of the bank N times (default %(default)s)")
+    cli.add_argument("--seed", type=int, default=1337, help="decides what is held out (default %(default)s)")
+    args = cli.parse_args()
+    if args.repeat < 1:
+        cli.error(f"--repeat is {args.repeat}, but must be at least 1")
+    for path in (args.bank, os.path.join(args.ham, "pretrain.txt"), os.path.join(args.ham, "sft.jsonl")):
+        if not os.path.exists(path):
+            raise InputError(f"{path}: no such file")
+    return args
+
+
+if __name__ == "__main__":
+    before_imports(command_line)
+
+from contamination import KINDS, QuestionIndex, normalise, units_of_line
+from data_rows import load_conversations
+from multiple_choice import LETTERS, read_choices
+
+HELD_OUT = 5  # one part of so many
+N_SHUFFLES = 10
+LONG_ANSWER = 6  # letters and digits, from which on an answer says what it answers
+
+
+def pairs_of(questions):
+    """(question, right answer) of each Question, as a person asks and answers."""
+    return [(question.text, question.right_option) for question in questions]
+
+
+def group_near_copies(questions):
+    """Lists of the numbers of Questions that are copies or near copies of each other, also at second hand."""
+    group = list(range(len(questions)))  # number -> number of another one in its group, or its own
+
+    def first_of(number):
+        while group[number] != number:
+            number = group[number]
+        return number
+
+    index = QuestionIndex(pairs_of(questions))
+    for number, question in enumerate(questions):
+        for other, kind in index.find(question.text).items():
+            if kind in ("exact", "near"):
+                group[first_of(number)] = first_of(other)
+    groups = {}
+    for number in range(len(questions)):
+        groups.setdefault(first_of(number), []).append(number)
+    return list(groups.values())
+
+
+def split_bank(questions, seed):
+    """(held out, rest): about a fifth, in random whole groups of near copies."""
+    groups = group_near_copies(questions)
+    random.Random(seed).shuffle(groups)
+    chosen = set()
+    for group in groups:
+        if len(chosen) + len(group) <= len(questions) // HELD_OUT:
+            chosen.update(group)
+    held_out = [question for number, question in enumerate(questions) if number in chosen]
+    rest = [question for number, question in enumerate(questions) if number not in chosen]
+    return held_out, rest
+
+
+class Cleaner:
+    """Removes what holds a held-out question. removed: a Counter of (name of the data, kind)."""
+
+    def __init__(self, held_out):
+        pairs = pairs_of(held_out)
+        self.index = QuestionIndex(pairs)
+        answers = {normalise(answer) for _, answer in pairs}
+        self.answers = {answer for answer in answers if len(answer) >= LONG_ANSWER}
+        self.removed = Counter()
+
+    def is_clean(self, name, unit, answer=""):
+        """Whether a unit holds no held-out question, and `answer` is not the right one to one."""
+        kinds = set(self.index.find(unit).values())
+        if not kinds and normalise(answer) in self.answers:
+            kinds = {"same answer"}
+        if kinds:
+            self.removed[name, min(kinds, key=[*KINDS, "same answer"].index)] += 1
+        return not kinds
+
+    def clean_text(self, name, text):
+        """The text without the units that hold a held-out question; lines left empty go."""
+        lines = []
+        for line in text.split("\n"):
+            kept = [unit for unit in units_of_line(line) if self.is_clean(name, unit)]
+            if kept or not line:
+                lines.append("".join(kept))
+        return "\n".join(lines)
+
+    def clean_conversations(self, name, conversations):
+        return [turns for turns in conversations
+                if all(self.is_clean(name, f"{question} {answer}", answer) for question, answer in turns)]
+
+
+# ---- Writing ----
+
+def write_conversations(path, conversations):
+    """Write a list of conversations, each a list of (question, answer), as JSONL."""
+    with atomic_write(path, "w") as file:
+        for turns in conversations:
+            messages = []
+            for question, answer in turns:
+                messages.append({"role": "user", "content": question})
+                messages.append({"role": "assistant", "content": answer})
+            file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+
+
+def write_bank(path, questions):
+    """Write Questions as a CSV file in C-Eval's columns."""
+    lines = io.StringIO(newline="")
+    writer = csv.writer(lines, lineterminator="\n")
+    writer.writerow(["id", "question", *LETTERS, "answer"])
+    for number, question in enumerate(questions):
+        writer.writerow([number, question.text, *question.options, LETTERS[question.answer]])
+    with atomic_write(path, "w") as file:
+        file.write(lines.getvalue())
+
+
+def shuffled(question, rng):
+    """The same Question with its options in another order."""
+    order = rng.sample(range(len(LETTERS)), len(LETTERS))
+    options = tuple(question.options[i] for i in order)
+    return type(question)(question.subject, question.text, options, order.index(question.answer))
+
+
+def write_experiment(folder, text, conversations):
+    """Write the pretraining text and the instruction data of one experiment."""
+    os.makedirs(folder, exist_ok=True)
+    with atomic_write(os.path.join(folder, "pretrain.txt"), "w") as file:
+        file.write(text)
+    write_conversations(os.path.join(folder, "sft.jsonl"), conversations)
+
+
+def main():
+    args = command_line()
+    questions = read_choices(args.bank)
+    try:
+        with open(os.path.join(args.ham, "pretrain.txt"), encoding="utf-8-sig") as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{args.ham}/pretrain.txt: cannot be read ({error})") from None
+    conversations = load_conversations(os.path.join(args.ham, "sft.jsonl"))
+    held_out, rest = split_bank(questions, args.seed)
+    if not held_out:
+        raise InputError(f"{args.bank}: its questions are too few, or too much alike, to hold a fifth out")
+    cleaner = Cleaner(held_out)
+    clean_text = cleaner.clean_text("text", text)
+    clean_pairs = cleaner.clean_conversations("pairs", conversations)
+    clean_rest = cleaner.clean_conversations("bank", [[pair] for pair in pairs_of(rest)])
+
+    os.makedirs(os.path.join(args.out, "shuffled"), exist_ok=True)
+    bank = [[pair] for pair in pairs_of(questions)]
+    write_experiment(os.path.join(args.out, "learnt"), text, conversations + bank * args.repeat)
+    write_experiment(os.path.join(args.out, "understands"), clean_text,
+                     clean_pairs + clean_rest * args.repeat)
+    write_bank(os.path.join(args.out, "held_out.csv"), held_out)
+    write_bank(os.path.join(args.out, "rest.csv"), rest)
+    rng = random.Random(args.seed)
+    for i in range(N_SHUFFLES):
+        write_bank(os.path.join(args.out, "shuffled", f"bank_{i}.csv"), [shuffled(q, rng) for q in questions])
+
+    print(f"{len(questions)} questions, {len(held_out)} of them held out")
+    for name, before, after in (("text", len(text), len(clean_text)),
+                                ("pairs", len(conversations), len(clean_pairs)),
+                                ("bank", len(rest), len(clean_rest))):
+        kinds = ", ".join(f"{kind} {cleaner.removed[name, kind]}" for kind in (*KINDS, "same answer"))
+        unit = "characters" if name == "text" else "rows"
+        print(f"{name:6} {before:9,} {unit}, {after:9,} of them clean; removed units: {kinds}")
+    print_json({"questions": len(questions), "held_out": len(held_out),
+                "characters": [len(text), len(clean_text)], "pairs": [len(conversations), len(clean_pairs)],
+                "bank": [len(rest), len(clean_rest)],
+                "removed": {f"{name}: {kind}": n for (name, kind), n in sorted(cleaner.removed.items())}})
+
+
+if __name__ == "__main__":
+    run_script(main)
