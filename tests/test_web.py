@@ -435,6 +435,16 @@ def test_without_a_worker_the_page_answers_all_the_same(browser, page, chat_mode
 
 
 @needs_browser
+def test_a_page_that_lost_its_end_says_so(browser, page, tmp_path):
+    with open(page.removeprefix("file://"), encoding="utf-8") as f:
+        text = f.read()
+    (tmp_path / "cut.html").write_text(text[:text.index('class="weights"') + 500], encoding="utf-8")
+    browser.open(f"file://{tmp_path}/cut.html#q=abc")
+    browser.wait("document.getElementById('card').textContent.includes('cannot be loaded')")
+    assert browser.errors == []
+
+
+@needs_browser
 def test_the_policy_forbids_scripts_and_network_even_if_text_became_html(browser, page):
     browser.open(page)
     browser.wait("document.body.dataset.ready === 'true'")

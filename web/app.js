@@ -7,6 +7,7 @@ let mode = CARD.chat ? "chat" : "continue";
 let send = null;  // to the engine; null until the model is loaded
 let current = null;  // the entry that is being written
 let waiting = null;  // what was asked before the model was loaded
+const SHARE = 4;  // how many times as long the engine may compute as the page takes to show
 const entries = {chat: [], continue: []};
 const words = () => WORDS[language];
 
@@ -199,12 +200,14 @@ function receive(message) {
   } else if (message.type === "tokens") {
     const entry = current;
     entry.first = entry.first || performance.now();
+    const start = performance.now();
     for (const token of message.tokens) addToken(entry, token);
-    send({type: "read"});
     const seconds = (performance.now() - entry.first) / 1000;
     if (seconds > 0.3) entry.rate = Math.round(entry.n / seconds);
     describe(entry);
-    scrollDown(false);
+    scrollDown(false);  // makes the browser lay out the text, so that its cost is known
+    // On one core the page and the engine share it: a long answer, slow to lay out, is shown in larger steps.
+    setTimeout(() => send({type: "read"}), SHARE * (performance.now() - start));
   } else if (message.type === "done") {
     const entry = current;
     current = null;

@@ -2,6 +2,7 @@
 "use strict";
 
 const N_CANDIDATES = 10;
+const MAX_UNREAD = 256;  // tokens that are computed ahead of what the page shows
 
 /** Lower the logits of the tokens in `seen`, whatever their sign; returns a copy. */
 function penalizeRepetition(logits, seen, penalty) {
@@ -123,14 +124,14 @@ function* generate(model, request, random = Math.random) {
 
 /** Answer messages; the same in a Worker and on the main thread.
  *
- *  In: {type: "load", file, buffer}, {type: "generate", request}, {type: "stop"}, and {type: "read"} after each
- *  "tokens". Out: {type: "ready"}, {type: "tokens", tokens}, {type: "done", seconds, reason} and
- *  {type: "error", text}.
+ *  In: {type: "load", file, buffer}, {type: "generate", request}, {type: "stop"}, and {type: "read"} when the
+ *  page has shown "tokens" and can show more.
+ *  Out: {type: "ready"}, {type: "tokens", tokens}, {type: "done", seconds, reason}, {type: "error", text}.
  *  sliceMs: how long to compute before looking for messages. */
 function serve(post, sliceMs, Model) {
   let model = null;
   let stopped = false;
-  let unread = 0;  // messages of tokens that the page has not shown yet
+  let isRead = true;  // has the page shown the tokens sent to it?
   let wake = () => {};
   const channel = new MessageChannel();  // without the 4 ms that setTimeout waits
   let resume = null;
@@ -142,13 +143,13 @@ function serve(post, sliceMs, Model) {
 
   function send(tokens) {
     if (!tokens.length) return;
-    unread += 1;
+    isRead = false;
     post({type: "tokens", tokens});
   }
 
   async function run(request) {
     stopped = false;
-    unread = 0;
+    isRead = true;
     const start = performance.now();
     let answerStart = start;  // when the prompt is read
     let hasBegun = false;
@@ -164,11 +165,13 @@ function serve(post, sliceMs, Model) {
         answerStart = performance.now();
       }
       if (performance.now() < sliceEnd) continue;
-      send(tokens);
-      tokens = [];
+      if (isRead) {
+        send(tokens);
+        tokens = [];
+      }
       await pause();
       // A fast model waits for the page, which could not react to a press of Stop otherwise.
-      while (unread > 1 && !stopped) await new Promise(resolve => wake = resolve);
+      while (tokens.length >= MAX_UNREAD && !isRead && !stopped) await new Promise(resolve => wake = resolve);
       if (stopped) {
         reason = "stopped";
         break;
@@ -188,7 +191,7 @@ function serve(post, sliceMs, Model) {
       } else if (message.type === "generate") {
         run(message.request).catch(fail);
       } else {
-        if (message.type === "read") unread -= 1;
+        if (message.type === "read") isRead = true;
         else stopped = true;
         wake();
       }
