@@ -9,7 +9,6 @@ import functools
 import torch
 
 from cpu import decode
-from cpu.int8 import quantize  # noqa: F401  (evaluate.py and studies/bench.py import it from here)
 from generate_gpu import GraphStep, StaticKVCache
 from model import GPT, KVCache
 from script import InputError
