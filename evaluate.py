@@ -56,7 +56,7 @@ from tqdm import tqdm
 import checkpoint as ckpt
 from contamination import count_contamination
 from cpu.int8 import quantize
-from data_inputs import DOCUMENTS, Source
+from data_inputs import DOCUMENTS, Source, find_files
 from data_rows import load_conversations
 from data_split import Counts
 from data_text import read_text
@@ -259,6 +259,8 @@ def print_scores(scores):
 
 def main():
     args = command_line()
+    for path in args.contamination or []:
+        find_files(path)  # a missing one is better known before the scoring
     checkpoint = ckpt.load(args.model)
     document_mask = checkpoint["train_config"].get("document_mask", False)
     model, tokenizer = ckpt.build_model(checkpoint, args.model)
