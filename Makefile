@@ -1,11 +1,12 @@
 # make demo   from nothing to a model that answers, in about ten minutes on two CPU cores
 # make test   the linter and every test
-# make test-export   the exports, in transformers, llama.cpp and a browser
+# make test-export   what needs more packages: the exports in transformers, llama.cpp and a browser, and BPE
 # make soak   kills, full disks and flipped bits, for minutes (docs/reliability.md)
 
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+EXPORT_TESTS := tests/test_export.py tests/test_web.py tests/test_bpe.py tests/test_reference_checkpoints.py
 ASK := $(PY) inference.py -i -m checkpoint/sft_best.pt -t 0 -r 1
 
 .PHONY: install demo test test-export soak clean
@@ -37,14 +38,16 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
-	$(PY) -m pytest -q tests
+	$(PY) -m pytest -q tests $(addprefix --ignore=,$(EXPORT_TESTS))
 
 $(VENV)/installed-export: $(VENV)/installed-dev
-	$(PY) -m pip install -c constraints.txt transformers xllamacpp
+	$(PY) -m pip install -c constraints.txt transformers xllamacpp tensorboard
 	touch $@
 
 test-export: $(VENV)/installed-export
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/test_export*.py tests/test_reference_checkpoints.py
+	@command -v node >/dev/null && command -v chromium >/dev/null || \
+		{ echo "the tests of the page need node and chromium (Debian: apt-get install nodejs chromium)"; exit 1; }
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q $(EXPORT_TESTS)
 
 soak: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(PY) tests/soak.py

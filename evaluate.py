@@ -55,13 +55,14 @@ from tqdm import tqdm
 
 import checkpoint as ckpt
 from contamination import count_contamination
+from cpu.int8 import quantize
 from data_inputs import DOCUMENTS, Source
 from data_rows import load_conversations
 from data_split import Counts
 from data_text import read_text
 from dataloader import InstructionRows, check_vocabulary, open_array
 from device import pick_device
-from generate import complete, quantize
+from generate import complete
 from likelihood import fit_prompt
 from model import batch_loss
 from multiple_choice import print_table, score_choices

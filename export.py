@@ -90,6 +90,7 @@ if __name__ == "__main__":
 import checkpoint as ckpt
 import export_gguf
 import export_hf
+import export_html
 from portable import TOLERANCES, architecture_of
 
 
@@ -150,10 +151,9 @@ def to_gguf(args, model, tokenizer, chat):
 
 
 def to_html(args, model, tokenizer, chat):
-    from export_html import write_html
-    difference = write_html(model, tokenizer, args.output, weights=args.dtype)
-    if difference is not None:
-        print(f"checked: largest difference of the logits {difference:.2g}")
+    """Write the page, which is checked by reading its weights back. Returns the difference."""
+    difference = export_html.write_html(model, tokenizer, args.output, args.dtype, chat, args.steps)
+    print(f"checked: largest difference of the logits {difference:.2g}")
     return difference
 
 
@@ -183,7 +183,7 @@ def closing_words(args, chat):
     """How to start what was written, one line a program."""
     out = shlex.quote(args.output)
     if args.to == "html":
-        return [f"open {out} in a browser; it needs no network; {out}#q=… asks a question"]
+        return [f"open {out} in a browser; it needs no network; {args.output}#q=…&t=0&r=1 asks a question"]
     question = '{"messages": [{"role": "user", "content": "你是谁"}], "temperature": 0}'
     route = "chat/completions"
     if not chat:
@@ -224,6 +224,7 @@ def main():
     args = command_line()
     checkpoint = ckpt.load(args.model)
     model, tokenizer = ckpt.build_model(checkpoint, args.model)
+    args.steps = checkpoint["step"]
     chat = checkpoint["task"] != "pretrain"  # a pretrained model only continues text
     write = {"hf": to_hf, "gguf": to_gguf, "html": to_html}[args.to]
     difference = write(args, model, tokenizer, chat)

@@ -22,7 +22,7 @@ from config import ROOT
 from script import InputError, note, replacing
 
 CHUNK = 6 * 2**20  # bytes of weights in a script element: browsers limit the length of a string
-ENGINE = ("engine.js", "generate.js")  # what the Worker runs too
+ENGINE = ("kernel.js", "engine.js", "generate.js")  # what the Worker runs too
 APP = ("text.js", "words.js", "dom.js", "settings.js", "inspector.js", "app.js")
 WEIGHTS = ("int8", "float16", "float32")
 BIG = 100e6  # bytes of a page, from which on its size is worth a note
@@ -119,12 +119,12 @@ def describe(model, tokenizer, weights, chat, steps):
 
 
 def policy(scripts, style):
-    """The Content-Security-Policy that allows these inline texts and a Worker, and nothing else."""
+    """The Content-Security-Policy that allows these inline texts, a Worker and WebAssembly, nothing else."""
     def allow(text):
         return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
     return "; ".join([
         "default-src 'none'",
-        f"script-src {' '.join(map(allow, scripts))} blob:",
+        f"script-src {' '.join(map(allow, scripts))} blob: 'wasm-unsafe-eval'",
         f"style-src {allow(style)}",
         "worker-src blob:", "connect-src 'none'", "base-uri 'none'", "form-action 'none'"])
 

@@ -50,7 +50,8 @@ import torch
 import checkpoint as ckpt
 from cpu.int8 import quantize
 from device import pick_device, setup_device
-from generate import check_sampling, generate, use_half_precision
+from generate import check_sampling, generate
+from generate_gpu import use_half_precision
 from tokenizer import encode_prompt
 
 

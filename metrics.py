@@ -91,3 +91,10 @@ def parse_log(path):
             if fields and line.endswith("\n"):  # a line without its end is still being written
                 (val if "val_loss" in fields else train).append(fields)
     return train, val
+
+
+def log_task(path):
+    """The task that the first line of a log names, or None (older logs have no such line)."""
+    with open(path, encoding="utf-8", errors="replace") as f:
+        name, _, task = f.readline().split(" | ")[0].strip().partition(": ")
+    return task if name == "Task" and task else None

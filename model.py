@@ -156,11 +156,11 @@ class Attention(nn.Module):
             eps = self.norm_eps if self.qk_norm else None
             return fused.Heads.apply(qkv, angles, self.n_head, self.n_kv_head, eps)
         qk, v = qkv.split([self.n_head + self.n_kv_head, self.n_kv_head], dim=2)
-        if self.qk_norm:  # first: it has no weights, so it commutes with the rotation, and less is kept
-            qk = F.rms_norm(qk.float(), (self.head_size,), eps=self.norm_eps)
         if rope is not None:
             qk = apply_rope(qk, *rope)
-        q, k = qk.type_as(v).split([self.n_head, self.n_kv_head], dim=2)  # (B, T, nh, hs), (B, T, nkv, hs)
+        if self.qk_norm:
+            qk = F.rms_norm(qk, (self.head_size,), eps=self.norm_eps).type_as(v)
+        q, k = qk.split([self.n_head, self.n_kv_head], dim=2)  # (B, T, nh, hs), (B, T, nkv, hs)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def forward(self, x, rope, mask, is_causal, cache):

@@ -33,7 +33,7 @@ LADDER = ((1, 32), (1, 64), (2, 96), (3, 128), (4, 192), (4, 256), (6, 384), (8,
 SHAPE = dict(n_kv_head=0, activation="relu2", qk_norm=True, use_rope=True, n_prev=0, bias=False,
              is_causal=True, final_norm="rmsnorm")
 RECIPE = dict(optimizer="muon", weight_decay=0.1, decay_lr=True, lr_schedule="linear", min_lr=0.0,
-              lr_decay_iters=0, from_checkpoint="")
+              lr_decay_iters=0)
 LEARNING_RATE = 3e-3  # of a model AT_WIDTH wide
 AT_WIDTH = 256
 MEASURING_SECONDS = 30
@@ -42,20 +42,17 @@ VALIDATIONS = 10  # in a run
 
 def command_line(argv=None, root=ROOT):
     cli = Parser(__doc__)
-    cli.add_argument("--minutes", type=float, help="time from the start of train.py to its end")
-    cli.add_argument("--tokens", type=int, help="tokens to train on, instead of --minutes")
-    cli.add_argument("--memory_gb", type=float, help="largest memory to use (default: 0.9 of what there is)")
+    length = cli.add_mutually_exclusive_group()
+    length.add_argument("--minutes", type=float, help="time from the start of train.py to its end")
+    length.add_argument("--tokens", type=int, help="tokens to train on, instead of --minutes")
+    cli.add_argument("--memory_gb", type=float, help="largest memory to use (default: 0.9 of a GPU's)")
     cli.add_argument("--write", action="store_true", help="write the plan into the two JSON files")
-    cli.add_argument("--law", metavar="FILE",
-                     help="a law of studies.scaling (default: scaling.json, if it is of this text)")
     cli.add_argument("--model_config", default=os.path.join(root, "model_config.json"), metavar="FILE")
     cli.add_argument("--train_config", default=os.path.join(root, "config_pretrain.json"), metavar="FILE")
     cli.add_config(TrainConfig, [name for name in TrainConfig.__dataclass_fields__
                                  if name not in ("device", "dtype", "random_seed", "dataset_path")])
     args = cli.parse_args(argv)
     args.root = root
-    if args.minutes is not None and args.tokens is not None:
-        raise InputError("--minutes and --tokens: give one of them")
     if args.minutes is None and args.tokens is None and args.memory_gb is None:
         raise InputError("give --minutes (or --tokens, or --memory_gb), such as --minutes 60")
     for name in ("minutes", "tokens", "memory_gb"):
@@ -65,12 +62,10 @@ def command_line(argv=None, root=ROOT):
     if args.minutes is not None and args.minutes < 0.5:
         raise InputError(f"--minutes {args.minutes:g}: must be at least 0.5; starting takes some seconds")
     args.flags = cli.overrides(args, TrainConfig)
-    overrides = {**args.flags, "max_steps": 1, "warmup_iters": 0, **RECIPE}
+    overrides = {**args.flags, **RECIPE, "max_steps": 1, "warmup_iters": 0, "from_checkpoint": ""}
     args.train = load_config(TrainConfig, args.train_config, overrides)
     args.model = load_config(ModelConfig, args.model_config, SHAPE)
     check_files(args.train, args.train_config, root)
-    if args.law and not os.path.isfile(args.law):
-        raise InputError(f"--law {args.law}: no such file; python -m studies.scaling writes scaling.json")
     return args
 
 
@@ -94,6 +89,7 @@ LAWS = {
     "amateur radio": {"vocab_size": 2096, "E": 2.02, "A": 1610.0, "B": 346.0, "alpha": 0.687, "beta": 0.443},
 }
 REPEATS = 15.4  # a token that is read again is worth less and less (Muennighoff et al. 2023, R*_D)
+MEMORISING = 3  # parameters per training token; larger models learn the text by heart, which no law foresees
 
 
 def effective_tokens(tokens, unique):
@@ -109,23 +105,27 @@ def predict(law, n, d):
     return law["E"] + law["A"] / n ** law["alpha"] + law["B"] / d ** law["beta"]
 
 
-def choose_law(args, vocab_size, n_tokens):
-    """The law for this text, and a sentence that says which one it is.
+def choose_law(root, vocab_size, n_tokens):
+    """The law for this text, and words that say which one it is.
 
     First choice: the law that studies.scaling fitted to this text and this kind of model. Otherwise the
     shipped law whose vocabulary is nearest in size: the alphabet decides most of the loss."""
-    path = args.law or os.path.join(args.root, "scaling.json")
+    path = os.path.join(root, "scaling.json")
     if os.path.isfile(path):
         study = read_json(path)
         kind = study.get("model", {})
         if study.get("training_tokens") == n_tokens and all(kind.get(key) == SHAPE[key] for key in SHAPE):
-            return study["law"], f"fitted to this text ({path})"
-        if args.law:
-            raise InputError(f"--law {path}: is of another text or another kind of model than this plan; run "
-                             "python -m studies.scaling")
+            return study["law"], "fitted to this text (scaling.json)"
     name = min(LAWS, key=lambda name: abs(math.log(LAWS[name]["vocab_size"] / vocab_size)))
     return LAWS[name], (f"the shipped one of {name}, whose vocabulary of {LAWS[name]['vocab_size']} is "
                         "nearest; python -m studies.scaling fits one to your text")
+
+
+def dropout_for(n, epochs, unique):
+    """A rule of thumb: none for a text that is read a few times, or by a model too small to memorise it."""
+    if epochs <= 4 or n < unique / 4:
+        return 0.0
+    return 0.1 if epochs <= 12 else 0.2
 
 
 def learning_rate_at(width, learning_rate=LEARNING_RATE, at_width=AT_WIDTH):
@@ -135,10 +135,10 @@ def learning_rate_at(width, learning_rate=LEARNING_RATE, at_width=AT_WIDTH):
     return learning_rate * at_width / width
 
 
-def with_shape(model_config, layers, width, where="plan"):
+def with_shape(model_config, layers, width):
     """model_config with another depth and width, and heads of the same size as far as the width allows."""
     heads = max(1, width * model_config.n_head // model_config.n_embd)
-    return replace(model_config, n_layer=layers, n_embd=width, n_head=heads).validate(where)
+    return replace(model_config, n_layer=layers, n_embd=width, n_head=heads).validate()
 
 
 def step_tokens(tokens, block_size):
@@ -164,20 +164,9 @@ def on_meta(model_config):
         return GPT(model_config)
 
 
-def available_memory(device):
-    """Bytes of memory that a training run may take; infinite where the system does not say."""
-    if device.type == "cuda":
-        return 0.9 * torch.cuda.get_device_properties(device).total_memory
-    try:
-        return 0.9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):  # not on Windows
-        return math.inf
-
-
 @dataclass
 class Candidate:
     """A model and its step, and what to expect of them."""
-
     model: ModelConfig
     train: TrainConfig
     tokens_per_second: float
@@ -185,11 +174,6 @@ class Candidate:
     tokens: float  # that the run reads
     loss: float  # by the law
     memory: float  # bytes
-
-
-class QuietProcess(SingleProcess):
-    def say(self, text):
-        pass
 
 
 class PreparedText:
@@ -219,12 +203,16 @@ class Planner:
     def __init__(self, args):
         self.args = args
         self.text = PreparedText(args.train, args.root, args.model.block_size)
-        self.law, self.which_law = choose_law(args, self.text.tokenizer.vocab_size, self.text.n_tokens)
+        self.law, self.which_law = choose_law(args.root, self.text.tokenizer.vocab_size, self.text.n_tokens)
         strategy = SingleProcess()
         strategy.setup(args.train)  # says what the device lacks, once
         self.device = strategy.device
         self.is_half = strategy.dtype is not torch.float32
-        self.memory = args.memory_gb * 1e9 if args.memory_gb else available_memory(self.device)
+        self.memory = math.inf  # a CPU's is never what limits a plan
+        if args.memory_gb:
+            self.memory = args.memory_gb * 1e9
+        elif self.device.type == "cuda":
+            self.memory = 0.9 * torch.cuda.get_device_properties(self.device).total_memory
         self.deadline = time.perf_counter() + MEASURING_SECONDS
         self.flops = None  # per second, of the last model that was measured
 
@@ -253,13 +241,14 @@ class Planner:
             rows //= 2
             # CUDA joins passes again (see strategy.py), so there less memory means a smaller step.
             passes *= 2 if is_large or self.device.type != "cuda" else 1
-        fits = memory_bytes(model, rows * model.block_size, self.is_half) <= self.memory
-        return (rows, passes) if fits else None
+        needed = memory_bytes(model, rows * model.block_size, self.is_half)
+        return (rows, passes) if needed <= self.memory else None
 
     def measure(self, model, config):
-        """Tokens per second of the training loop with this model and config, and the memory in bytes: real
-        steps on the real text, for a second or two."""
-        strategy = QuietProcess()
+        """Tokens per second of the training loop with this model and config, from real steps on the real
+        text, for a second or two; and on CUDA the memory that they took, in bytes."""
+        strategy = SingleProcess()
+        strategy.say = lambda text: None
         strategy.setup(replace(config, compile="false"))  # compiling alone would take longer than planning
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -277,21 +266,21 @@ class Planner:
             strategy.take_step(config.learning_rate, strategy.read(loss, norm)[1])
             times.append(time.perf_counter() - start)
         speed = data.n_read / statistics.median(times[1:])
-        memory = memory_bytes(model, config.batch_size * model.block_size, self.is_half)
-        if self.device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated()
-        return speed, memory
+        return speed, torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
 
     def candidate(self, layers, width):
-        """The Candidate with this shape, or None if it does not fit into the memory."""
-        model = with_shape(self.args.model, layers, width)
-        model = replace(model, vocab_size=self.text.tokenizer.vocab_size)
+        """The Candidate with this shape, or None if it does not fit into the memory or is too large for the
+        text."""
+        base = replace(self.args.model, n_embd=AT_WIDTH, n_head=4, vocab_size=self.text.tokenizer.vocab_size)
+        model = with_shape(base, layers, width)
         n = on_meta(model).n_multiplied()
+        if n > MEMORISING * self.text.n_tokens and (layers, width) != LADDER[0]:
+            return None
         flops_per_token = on_meta(model).flops_per_token()
         speed = (self.flops or 1e10) / flops_per_token  # a guess, to begin with
         step = None
         is_measured = False
-        while True:  # the step depends on the tokens, these on the speed, and the speed on the step
+        for _ in range(4):  # the step depends on the tokens, these on the speed, and the speed on the step
             tokens = self.tokens_for(n, speed)
             before = step
             step = self.split_step(model, tokens)
@@ -305,30 +294,32 @@ class Planner:
             is_late = self.flops and time.perf_counter() + max(2, seconds) > self.deadline
             if step == before or is_late:
                 break
-            speed, memory = self.measure(model, config)
+            speed, peak = self.measure(model, config)
+            memory = peak or memory
             self.flops = speed * flops_per_token
             is_measured = True
-        loss = float(predict(self.law, n, effective_tokens(tokens, self.text.n_tokens)))
+        unique = self.text.n_tokens
+        config.dropout = dropout_for(n, tokens / unique, unique)
+        loss = float(predict(self.law, n, effective_tokens(tokens, unique)))
         return Candidate(model, config, speed, is_measured, tokens, loss, memory)
 
     def candidates(self):
-        """Candidates of growing size, until the loss has risen twice or the memory is full."""
+        """Candidates of growing size, until the loss has risen twice or the next one is too large."""
         found = []
         for layers, width in LADDER:
-            candidate = self.candidate(layers, width)
-            if candidate is None:
+            c = self.candidate(layers, width)
+            if c is None:
                 break
-            found.append(candidate)
-            c = candidate
+            found.append(c)
             epochs = c.tokens / self.text.n_tokens
             print(f"{layers:3} x {width:<5}{on_meta(c.model).n_params():14,}{c.tokens_per_second:12,.0f}"
                   f"{' ' if c.is_measured else '*'}{c.tokens:14,.0f}{epochs:9.1f}{c.loss:9.3f}"
                   f"{c.memory / 1e9:9.2f}", flush=True)
-            losses = [candidate.loss for candidate in found]
+            losses = [c.loss for c in found]
             if (self.args.minutes or self.args.tokens) and min(losses[-2:]) > min(losses):
                 break
         if not found:
-            raise InputError(f"--memory_gb {self.args.memory_gb:g}: too little for the smallest model")
+            raise InputError(f"{self.memory / 1e9:g} GB of memory are too little for the smallest model")
         return found
 
 
@@ -342,14 +333,15 @@ def finish(candidate, planner):
     config = candidate.train
     in_a_step = config.batch_size * config.gradient_accumulation_steps * candidate.model.block_size
     steps = max(1, round(candidate.tokens / in_a_step))
-    seconds = planner.training_seconds() if args.minutes else candidate.tokens / candidate.tokens_per_second
     # A forward pass takes a third of a step; all validations together 4 % of the time.
+    seconds = planner.training_seconds() if args.minutes else candidate.tokens / candidate.tokens_per_second
     tokens = 0.04 * seconds * 3 * candidate.tokens_per_second / (VALIDATIONS + 2)
     rows = min(planner.text.n_val_rows, max(1, tokens // candidate.model.block_size))
-    train = {**{name: value for name, value in RECIPE.items() if name != "from_checkpoint"}, **args.flags,
+    train = {**RECIPE, **args.flags,
              "learning_rate": float(f"{config.learning_rate:.3g}"),
              "batch_size": config.batch_size,
              "gradient_accumulation_steps": config.gradient_accumulation_steps,
+             "dropout": config.dropout,
              "warmup_iters": min(20, steps // 10),
              "max_steps": 0 if args.minutes else steps,
              "max_minutes": round(args.minutes - STARTING_SECONDS / 60, 3) if args.minutes else 0.0,
@@ -359,18 +351,16 @@ def finish(candidate, planner):
     return model, train, steps
 
 
-def write(path, cls, values):
-    """Set `values` in a JSON file of `cls`; its other keys stay as they are. The file changes whole."""
+def write(path, values):
+    """Set `values` in a JSON file; its other keys stay as they are."""
     content = {**read_json(path), **values}
     if content.get("from_checkpoint"):
         content["from_checkpoint"] = ""  # the plan is for a new model
     with atomic_write(path, "w") as f:
         f.write(json.dumps(content, indent=4, ensure_ascii=False) + "\n")
-    load_config(cls, path)
 
 
-def main():
-    args = command_line()
+def main(args):
     planner = Planner(args)
     law = planner.law
     text = planner.text
@@ -379,12 +369,8 @@ def main():
           f"D^{law['beta']:.3g}, {planner.which_law}")
     print(f"{'shape':11}{'parameters':>14}{'tokens/s':>12} {'tokens':>14}{'epochs':>9}{'loss':>9}{'GB':>9}")
     found = planner.candidates()
-    if not all(candidate.is_measured for candidate in found):
-        print("* not timed: as many operations a second as the largest model that was")
-    if args.minutes or args.tokens:
-        best = min(found, key=lambda candidate: candidate.loss)
-    else:
-        best = found[-1]
+    print("* not timed, but as many operations a second as the largest model that was")
+    best = min(found, key=lambda candidate: candidate.loss) if args.minutes or args.tokens else found[-1]
     model, train, steps = finish(best, planner)
     n_params = on_meta(best.model).n_params()
     seconds = best.tokens / best.tokens_per_second / 0.96 + STARTING_SECONDS
@@ -394,15 +380,14 @@ def main():
     print(f"step:   {train['gradient_accumulation_steps']} x {train['batch_size']} rows of "
           f"{best.model.block_size} tokens, learning rate {train['learning_rate']:g}, then linear to 0")
     epochs = best.tokens / text.n_tokens
-    print(f"run:    about {steps:,} steps, {best.tokens:,.0f} tokens, {epochs:.1f} epochs")
-    print(f"memory: {best.memory / 1e9:.2f} GB, without Python's own")
+    print(f"run:    about {steps:,} steps, {best.tokens:,.0f} tokens, {epochs:.1f} epochs; dropout "
+          f"{train['dropout']}; {best.memory / 1e9:.2f} GB of memory, without Python's own")
     print(f"expect: validation loss {best.loss:.3f} after {seconds / 60:.1f} minutes; started now, at {ends}")
     if args.write:
-        write(args.model_config, ModelConfig, model)
-        write(args.train_config, TrainConfig, train)
-        print(f"written: {args.model_config}, {args.train_config}; now run python train.py -t pretrain")
-    else:
-        print("add --write to put this into model_config.json and config_pretrain.json")
+        write(args.model_config, model)
+        write(args.train_config, train)
+    print("written; now run python train.py -t pretrain" if args.write else
+          "add --write to put this into model_config.json and config_pretrain.json")
     print_json({"model": model, "train": train, "parameters": n_params, "steps": steps,
                 "tokens": best.tokens, "epochs": epochs, "expected_loss": best.loss,
                 "tokens_per_second": best.tokens_per_second, "memory_gb": best.memory / 1e9,
@@ -412,4 +397,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(lambda: main(command_line()))

@@ -76,7 +76,7 @@ class LayerStats:
                 values["rms"] = float(output.float().square().mean().sqrt())
 
             def before_attention(module, args, values=values):
-                values["entropy"], values["max_logit"] = attention_entropy(module, *args[:2])
+                values["entropy"], values["max_logit"] = attention_entropy(module, args[0], args[1], is_causal=args[3])
 
             def before_projection(module, args, values=values):
                 active = (args[0].flatten(0, -2) != 0).any(0)  # (hidden,)
@@ -98,13 +98,13 @@ class LayerStats:
         self.file.close()
 
 
-def attention_entropy(attention, x, rope):
+def attention_entropy(attention, x, rope, is_causal):
     """Mean entropy in nats, and the largest logit, of an Attention module for its input x (B, T, C)."""
     B, T, _ = x.shape
     q, k, _ = attention.heads(attention.c_attn(x).view(B, T, -1, attention.head_size), rope)
     k = k.repeat_interleave(attention.n_head // attention.n_kv_head, dim=1)  # (B, nh, T, hs)
     logits = (q.float() @ k.float().transpose(-1, -2)) / math.sqrt(attention.head_size)  # (B, nh, T, T)
-    if attention.is_causal:
+    if is_causal:
         hidden = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
         logits = logits.masked_fill(hidden, -math.inf)
     log_p = logits.log_softmax(-1)

@@ -93,9 +93,9 @@ INLINE float dot_int8(const int8_t *w, const int16_t *x, int n) {
     return total;
 }
 
-/* The input of a linear layer, x (B, n), and what `prepare` makes of it. One sequence and int8 weights: q (n),
-   integers that times `scale` are x. Several sequences: lanes (groups, n, 16), the numbers of 16 sequences side
-   by side, and room for six rows of weights. */
+/* The input of a linear layer, x (B, n), and what `prepare` makes of it. One sequence and int8 weights: q
+   (n), integers that times `scale` are x. Several sequences: lanes (groups, n, 16), the numbers of 16
+   sequences side by side, and room for six rows of weights. */
 typedef struct { const float *x; int16_t *q; float scale, *lanes, *rows; } Input;
 
 enum { GROUP = 2 * LANES, ROWS = 6 }; /* 12 vectors of sums, as many as the registers hold */
@@ -106,7 +106,7 @@ static void prepare(Input *in, const Linear *l, int n, int B) {
         for (int b = 0; b < B; b++)
             for (int i = 0; i < n; i++)
                 in->lanes[((size_t)(b / GROUP) * n + i) * GROUP + b % GROUP] = in->x[(size_t)b * n + i];
-    } else if (l->scale) { /* the largest integers for which n products with an int8 can be summed in 32 bits */
+    } else if (l->scale) { /* the largest integers whose n products with an int8 sum up in 32 bits */
         const float most = 2.1e9f / (127.0f * n), largest = most < 32767 ? most : 32767;
         float top = 1e-12f;
 #pragma omp simd reduction(max : top)
@@ -278,7 +278,7 @@ static size_t own_size(const Model *m, int B, int length) {
     return widest * (B + in_groups(B) + ROWS + 1) + length;
 }
 
-/* Floats of working memory that `decode` needs: x, qkv, y, fc, gate, shared by all threads, and each's own. */
+/* Floats of working memory that `decode` needs: x, qkv, y, fc, gate for all threads, and what each has. */
 size_t work_size(const Model *m, int B, int length) {
     const size_t hs = m->n_embd / m->n_head, qkv = (m->n_head + 2 * m->n_kv_head) * hs;
     return B * (2 * m->n_embd + qkv + 2 * (size_t)m->hidden) + m->n_threads * own_size(m, B, length);

@@ -200,6 +200,8 @@ def difference(model, library):
     copies = int8.FEW + 1
     expected = model(idx.repeat_interleave(copies, dim=0))[0][::copies]  # (2, length, V)
     size = float(expected.abs().max())
+    # decode.c rounds the inputs of int8 products: 2e-4 at 384 wide, 8e-4 at 768. Floats differ by 3e-6.
+    limit = 1e-4 if isinstance(model.lm_head, torch.nn.Linear) else 1e-2
     for n_sequences in (1, 2):
         try:
             step = CompiledStep(model, empty_cache(c, n_sequences, length), library)
@@ -207,7 +209,7 @@ def difference(model, library):
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             return f"does not fit model.py ({error})"
         error = float((expected[:n_sequences] - torch.stack(logits, dim=1)).abs().max())
-        if not error <= 1e-3 * size:
+        if not error <= limit * size:
             return f"gives other logits than model.py (by {error:.2g} of {size:.2g})"
     return ""
 

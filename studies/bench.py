@@ -82,9 +82,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import checkpoint as ckpt
 from cpu import native
+from cpu.int8 import quantize
 from dataloader import DataLoader
 from device import has_fast_bfloat16, pick_device, pick_dtype, setup_device
-from generate import generate, prefill, quantize
+from generate import generate, prefill
 from model import GPT, KVCache
 from studies.speedrun import bench_speedrun
 from studies.timing import measure, medians, table, tensors

@@ -172,7 +172,7 @@ def test_the_guard_reads_two_sequences_and_more_tokens_than_n_prev(monkeypatch, 
 
 @NO_COMPILER
 @pytest.mark.parametrize("values", OPTIONS, ids=range(len(OPTIONS)))
-def test_int8_weights_agree_with_the_dequantised_products_to_a_thousandth(values):
+def test_int8_weights_agree_with_the_dequantised_products(values):
     model = trained_like(**values)
     quantize(model)
     assert decode.agrees(model, decode.library())

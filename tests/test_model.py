@@ -10,7 +10,8 @@ from conftest import TINY
 from config import IGNORE, ModelConfig
 from cpu import fused
 from device import set_sdp_kernel
-from generate import StaticKVCache, generate, new_cache
+from generate import generate, new_cache
+from generate_gpu import StaticKVCache
 from model import GPT, KVCache, apply_rope, documents_of, positions_in, rope_table
 from script import InputError
 

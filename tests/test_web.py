@@ -85,9 +85,10 @@ def test_the_engine_computes_the_logits_of_pytorch(tmp_path, option):
     ids = [(7 * i + i * i) % CHARACTERS.vocab_size for i in range(model.config.block_size)]
     with torch.no_grad():
         expected = model(torch.tensor([ids]))[0][0].numpy()
-    for weights, tolerance in (("float32", 1e-4), ("float16", 1e-2)):
+    for weights, loops, tolerance in [("float32", False, 1e-4), ("float32", True, 1e-4),
+                                      ("float16", False, 1e-2)]:
         difference = write_html(model, CHARACTERS, tmp_path / "page.html", weights=weights)
-        logits = np.array(node(tmp_path / "page.html", action="logits", ids=ids))
+        logits = np.array(node(tmp_path / "page.html", action="logits", ids=ids, loops=loops))
         tolerance *= max(1, np.abs(expected).max())
         assert np.abs(logits - expected).max() < tolerance
         assert difference < tolerance
@@ -109,8 +110,9 @@ def test_the_engine_computes_with_int8_what_pytorch_does_with_the_same_rounded_w
         exact = model(idx)[0]
         model.load_state_dict({**rounded, "lm_head.weight": rounded["transformer.wte.weight"]})
         expected = model(idx)[0]
-    logits = np.array(node(tmp_path / "page.html", action="logits", ids=idx[0].tolist()))
-    assert np.abs(logits - expected[0].numpy()).max() < 1e-4
+    for loops in (False, True):
+        logits = np.array(node(tmp_path / "page.html", action="logits", ids=idx[0].tolist(), loops=loops))
+        assert np.abs(logits - expected[0].numpy()).max() < 1e-4 * max(1, float(expected.abs().max()))
     assert reported == pytest.approx(float((exact - expected).abs().max()), rel=1e-3)
 
 
@@ -353,7 +355,9 @@ def test_what_the_model_writes_is_never_html(visit, tmp_path):
     itos = [*SPECIAL_TOKENS, "<img src=x onerror=document.title='bad'>", "<b>", "</script>", "&lt;"]
     tokenizer = Tokenizer(itos, SPECIAL_TOKENS)
     write_html(random_model(tokenizer), tokenizer, tmp_path / "page.html")
-    browser = visit("q=a&t=1&k=0&l=30", address=f"file://{tmp_path}/page.html")
+    browser = visit("t=1&k=0&l=30", done=False, address=f"file://{tmp_path}/page.html")
+    browser.run("tokenizer.eos_id = -1; ask('a')")
+    browser.wait(IS_DONE)
     tokens = browser.run("[...document.querySelectorAll('.token')].map(e => e.textContent)")
     assert len(tokens) > 5
     browser.run("document.querySelector('.token').click()")
@@ -427,6 +431,16 @@ def test_without_a_worker_the_page_answers_all_the_same(browser, page, chat_mode
     browser.wait(IS_DONE)
     browser.call("Page.removeScriptToEvaluateOnNewDocument", identifier=script)
     assert browser.run("document.querySelector('.answer').textContent") == answer_of(chat_model, "abc")
+    assert browser.errors == []
+
+
+@needs_browser
+def test_a_page_that_lost_its_end_says_so(browser, page, tmp_path):
+    with open(page.removeprefix("file://"), encoding="utf-8") as f:
+        text = f.read()
+    (tmp_path / "cut.html").write_text(text[:text.index('class="weights"') + 500], encoding="utf-8")
+    browser.open(f"file://{tmp_path}/cut.html#q=abc")
+    browser.wait("document.getElementById('card').textContent.includes('cannot be loaded')")
     assert browser.errors == []
 
 

@@ -7,6 +7,7 @@ let mode = CARD.chat ? "chat" : "continue";
 let send = null;  // to the engine; null until the model is loaded
 let current = null;  // the entry that is being written
 let waiting = null;  // what was asked before the model was loaded
+const SHARE = 4;  // how many times as long the engine may compute as the page takes to show
 const entries = {chat: [], continue: []};
 const words = () => WORDS[language];
 
@@ -15,14 +16,13 @@ const words = () => WORDS[language];
 function translate() {
   const w = words();
   document.documentElement.lang = language === "zh" ? "zh-CN" : "en";
-  for (const element of document.querySelectorAll("[data-text]")) element.textContent = w[element.dataset.text];
-  for (const element of document.querySelectorAll("[data-label]")) {
+  for (const element of findAll("[data-text]")) element.textContent = w[element.dataset.text];
+  for (const element of findAll("[data-label]")) {
     element.setAttribute("aria-label", w[element.dataset.label]);
     if (element.matches("button")) element.title = w[element.dataset.label];
   }
   $("language").textContent = w.other;
-  const parts = [...w.card(CARD).filter(Boolean)];
-  $("card").replaceChildren(...parts.map(part => make("span", "", part)));
+  $("card").replaceChildren(...w.card(CARD).filter(Boolean).map(part => make("span", "", part)));
   const examples = w.examples.filter(text => !tokenizer.encode(text).includes(tokenizer.unknown_id));
   $("examples").replaceChildren(...examples.map(text => {
     const button = make("button", "example", text);
@@ -38,7 +38,7 @@ function translate() {
 function showMode() {
   const w = words();
   const isChat = mode === "chat";
-  for (const button of document.querySelectorAll("[data-mode]")) {
+  for (const button of findAll("[data-mode]")) {
     button.setAttribute("aria-pressed", button.dataset.mode === mode);
   }
   $("welcome").querySelector("h2").textContent = isChat ? w.welcome : w.welcomeContinue;
@@ -200,12 +200,14 @@ function receive(message) {
   } else if (message.type === "tokens") {
     const entry = current;
     entry.first = entry.first || performance.now();
+    const start = performance.now();
     for (const token of message.tokens) addToken(entry, token);
-    send({type: "read"});
     const seconds = (performance.now() - entry.first) / 1000;
     if (seconds > 0.3) entry.rate = Math.round(entry.n / seconds);
     describe(entry);
-    scrollDown(false);
+    scrollDown(false);  // makes the browser lay out the text, so that its cost is known
+    // On one core the page and the engine share it: a long answer, slow to lay out, is shown in larger steps.
+    setTimeout(() => send({type: "read"}), SHARE * (performance.now() - start));
   } else if (message.type === "done") {
     const entry = current;
     current = null;
@@ -235,7 +237,7 @@ function receive(message) {
 async function readWeights() {
   const bytes = new Uint8Array(FILE.bytes);
   let at = 0;
-  for (const element of document.querySelectorAll("script.weights")) {
+  for (const element of findAll("script.weights")) {
     const text = element.textContent;
     element.remove();
     const binary = atob(text);
@@ -249,11 +251,11 @@ async function readWeights() {
   return bytes.buffer;
 }
 
-/** Start the engine in a Worker, or on this page where none starts; the function that messages go to it by. */
+/** Start the engine in a Worker, or on this page where none starts; returns what sends messages to it. */
 function startEngine() {
   const onThisPage = () => serve(receive, 12, Engine.Model);
-  const start = "const answer = serve(m => postMessage(m), 40, Engine.Model); onmessage = e => answer(e.data);"
-    + "postMessage({type: 'started'});";
+  const start = "const answer = serve(message => postMessage(message), 40, Engine.Model);"
+    + "onmessage = event => answer(event.data); postMessage({type: 'started'});";
   const source = new Blob([$("engine").textContent, start], {type: "text/javascript"});
   return new Promise(resolve => {
     let worker;
@@ -303,13 +305,13 @@ function listen() {
   };
   $("input").oninput = fitInput;
   $("input").onkeydown = event => {
-    const isTouch = matchMedia("(pointer: coarse)").matches;
-    if (event.key !== "Enter" || event.shiftKey || event.isComposing || isTouch) return;
+    // On a touch screen Enter begins a line: there the button is as near.
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing || isTouch()) return;
     event.preventDefault();
     if (!current) $("form").requestSubmit();
   };
-  for (const button of document.querySelectorAll("[data-mode]")) button.onclick = () => setMode(button.dataset.mode);
-  for (const button of document.querySelectorAll(".close")) button.onclick = closeSheets;
+  for (const button of findAll("[data-mode]")) button.onclick = () => setMode(button.dataset.mode);
+  for (const button of findAll(".close")) button.onclick = closeSheets;
   $("new").onclick = () => {
     if (current) return;
     entries[mode] = [];
@@ -362,4 +364,5 @@ buildFields();
 listen();
 translate();
 followLink();
+if (!isTouch()) $("input").focus();
 document.addEventListener("DOMContentLoaded", loadModel);  // the weights stand at the end of the page

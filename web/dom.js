@@ -2,10 +2,12 @@
 "use strict";
 
 const $ = id => document.getElementById(id);
+const findAll = selector => document.querySelectorAll(selector);
 const FILE = JSON.parse($("model").textContent);
 const CARD = FILE.card;
 const tokenizer = new Tokenizer(FILE.tokenizer);
 const BLOCK_SIZE = FILE.config.block_size;
+const isTouch = () => matchMedia("(pointer: coarse)").matches;
 
 /** A value that earlier visits left; private windows have no storage. */
 function stored(key, value) {

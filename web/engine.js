@@ -1,48 +1,80 @@
-// The GPT of model.py, the tokenizer and the sampler, in plain JavaScript: runs in a browser's Worker and in Node.
+// The GPT of model.py in JavaScript: runs in a browser's Worker and in Node.
 //
 // Letters in the shapes: C n_embd, V vocab_size, nh heads, nkv key/value heads, hs head size, T tokens read.
-// Sums are in double precision, so that the weights alone decide how far the logits are from PyTorch's.
+// Activations are float32, as in PyTorch.
 "use strict";
 
 const Engine = (() => {
 
 // ---- weights ----------------------------------------------------------------------------------------------
 
-/** float32 values of IEEE half-precision bits (Uint16Array). */
-function fromFloat16(bits) {
-  const values = new Float32Array(bits.length);
+/** Write IEEE half-precision bits (Uint16Array) into a Float32Array. */
+function fromFloat16(values, bits) {
   for (let i = 0; i < bits.length; i++) {
     const sign = bits[i] & 0x8000 ? -1 : 1;
     const exponent = (bits[i] >> 10) & 31;
     const fraction = bits[i] & 1023;
     if (exponent === 0) values[i] = sign * fraction * 2 ** -24;
-    else if (exponent === 31) values[i] = fraction ? NaN : sign * Infinity;
-    else values[i] = sign * (1 + fraction / 1024) * 2 ** (exponent - 15);
+    else values[i] = sign * (1 + fraction / 1024) * 2 ** (exponent - 15);  // the file has no infinities
   }
-  return values;
+}
+
+/** The memory that holds weights and activations, in WebAssembly's where there is one. */
+class Memory {
+  constructor(size) {
+    this.kernel = makeKernel(size);
+    this.buffer = this.kernel ? this.kernel.buffer : new ArrayBuffer(size);
+    this.used = 0;
+  }
+
+  static size(n, bytes) {
+    return Math.ceil(n * bytes / 16) * 16;
+  }
+
+  take(Type, n) {
+    const array = new Type(this.buffer, this.used, n);
+    this.used += Memory.size(n, Type.BYTES_PER_ELEMENT);
+    return array;
+  }
 }
 
 /** A tensor of the file: {data, rows, columns, scales}; the scales are null unless the type is int8. */
-function openTensor(entry, buffer) {
+function openTensor(entry, bytes, memory) {
   const rows = entry.shape[0];
   const columns = entry.shape[1] || 1;
   const size = rows * columns;
-  let data;
+  const data = memory.take(entry.type === "int8" ? Int8Array : Float32Array, size);
   let scales = null;
   if (entry.type === "int8") {
-    data = new Int8Array(buffer, entry.offset, size);
-    scales = new Float32Array(buffer, entry.scales, rows);
+    data.set(new Int8Array(bytes, entry.offset, size));
+    scales = new Float32Array(bytes.slice(entry.scales, entry.scales + 4 * rows));
   } else if (entry.type === "float16") {
-    data = fromFloat16(new Uint16Array(buffer, entry.offset, size));
+    fromFloat16(data, new Uint16Array(bytes, entry.offset, size));
   } else {
-    data = new Float32Array(buffer, entry.offset, size);
+    data.set(new Float32Array(bytes, entry.offset, size));
   }
   return {data, rows, columns, scales};
 }
 
-/** out (rows) = tensor (rows, columns) times x (columns), plus bias (rows) or null. */
-function multiply(out, tensor, x, bias) {
+/** Bytes of memory that a tensor takes. */
+function sizeOf(entry) {
+  return Memory.size(entry.shape[0] * (entry.shape[1] || 1), entry.type === "int8" ? 1 : 4);
+}
+
+/** out (rows) = tensor (rows, columns) times x (columns), plus bias (rows) or null; arrays of one Memory. */
+function multiply(kernel, out, tensor, x, bias) {
   const {data, rows, columns, scales} = tensor;
+  if (kernel && columns % 8 === 0) {
+    const product = scales ? kernel.int8 : kernel.float32;
+    product(out.byteOffset, data.byteOffset, x.byteOffset, rows, columns);
+  } else {
+    multiplyInLoops(out, tensor, x);
+  }
+  if (scales) for (let i = 0; i < rows; i++) out[i] *= scales[i];
+  if (bias) for (let i = 0; i < rows; i++) out[i] += bias.data[i];
+}
+
+function multiplyInLoops(out, {data, rows, columns}, x) {
   // Four rows at a time: each x[j] is loaded once for four products.
   let i = 0;
   for (; i + 4 <= rows; i += 4) {
@@ -68,8 +100,6 @@ function multiply(out, tensor, x, bias) {
     for (let j = 0; j < columns; j++) sum += data[i * columns + j] * x[j];
     out[i] = sum;
   }
-  if (scales) for (i = 0; i < rows; i++) out[i] *= scales[i];
-  if (bias) for (i = 0; i < rows; i++) out[i] += bias.data[i];
 }
 
 /** x (columns) += row `row` of an embedding table. */
@@ -118,11 +148,20 @@ class Model {
   /** file: {config, tensors}, as export_html.py writes it; buffer: the bytes of all tensors. */
   constructor(file, buffer) {
     const c = this.config = file.config;
+    const entries = Object.entries(file.tensors);
+    const hidden = file.tensors["transformer.h.0.mlp.c_fc.weight"].shape[0];
+    const kvWidth = (c.n_kv_head || c.n_head) * c.n_embd / c.n_head;
+    const widths = [c.n_embd, c.n_embd, c.n_embd, c.n_embd + 2 * kvWidth, hidden, c.vocab_size];
+    const memory = new Memory(entries.reduce((sum, [, entry]) => sum + sizeOf(entry), 0)
+      + widths.reduce((sum, n) => sum + Memory.size(n, 4), 0));
+    this.kernel = memory.kernel;
+    [this.x, this.normed, this.mixed, this.qkv, this.hidden, this.logits] =
+      widths.map(n => memory.take(Float32Array, n));
     this.tensors = {};
-    for (const [name, entry] of Object.entries(file.tensors)) this.tensors[name] = openTensor(entry, buffer);
+    for (const [name, entry] of entries) this.tensors[name] = openTensor(entry, buffer, memory);
     this.nKvHead = c.n_kv_head || c.n_head;
     this.headSize = c.n_embd / c.n_head;
-    this.kvWidth = this.nKvHead * this.headSize;
+    this.kvWidth = kvWidth;
     const get = name => this.tensors[`transformer.${name}`] || null;
     this.wte = get("wte.weight");
     this.wpe = get("wpe.weight");
@@ -145,13 +184,7 @@ class Model {
     this.ids = [];  // the tokens in the cache
     this.cos = new Float64Array(this.headSize / 2 | 0);  // of the token being read
     this.sin = new Float64Array(this.headSize / 2 | 0);
-    this.x = new Float64Array(c.n_embd);
-    this.normed = new Float64Array(c.n_embd);
-    this.mixed = new Float64Array(c.n_embd);
-    this.qkv = new Float64Array(c.n_embd + 2 * this.kvWidth);
-    this.hidden = new Float64Array(this.layers[0].fc.rows);
     this.scores = new Float64Array(c.block_size);
-    this.logits = new Float64Array(c.vocab_size);
   }
 
   /** Keep only what the cache and `ids` begin with alike; at least the last of `ids` is left to read. */
@@ -182,7 +215,7 @@ class Model {
     if (!wantLogits) return null;
     if (c.final_norm === "layernorm") layerNorm(this.normed, this.x, c.n_embd, this.lnF, 1e-5);
     else rmsNorm(this.normed, this.x, 0, c.n_embd, this.lnF, c.norm_eps);
-    multiply(this.logits, this.wte, this.normed, null);
+    multiply(this.kernel, this.logits, this.wte, this.normed, null);
     return this.logits;
   }
 
@@ -192,7 +225,7 @@ class Model {
     const hs = this.headSize;
     const width = this.kvWidth;
     const {qkv, scores, mixed} = this;
-    multiply(qkv, layer.attn, this.normed, layer.attnBias);
+    multiply(this.kernel, qkv, layer.attn, this.normed, layer.attnBias);
     for (let start = 0; start < c.n_embd + width; start += hs) {  // the query heads, then the key heads
       if (c.use_rope) this.rotate(start);
       if (c.qk_norm) rmsNorm(qkv, qkv, start, hs, null, c.norm_eps);
@@ -220,7 +253,7 @@ class Model {
         for (let i = 0; i < hs; i++) mixed[q + i] += weight * layer.values[value + i];
       }
     }
-    multiply(this.normed, layer.proj, mixed, layer.projBias);
+    multiply(this.kernel, this.normed, layer.proj, mixed, layer.projBias);
     for (let i = 0; i < c.n_embd; i++) this.x[i] += this.normed[i];
   }
 
@@ -248,19 +281,17 @@ class Model {
   mlp(layer) {
     const {hidden} = this;
     const activation = ACTIVATIONS[this.config.activation];
-    multiply(hidden, layer.fc, this.normed, layer.fcBias);
+    multiply(this.kernel, hidden, layer.fc, this.normed, layer.fcBias);
     const width = layer.out.columns;
     if (this.config.activation === "swiglu") {
       for (let i = 0; i < width; i++) hidden[i] = activation(hidden[i]) * hidden[width + i];
     } else {
       for (let i = 0; i < width; i++) hidden[i] = activation(hidden[i]);
     }
-    multiply(this.normed, layer.out, hidden, layer.outBias);
+    multiply(this.kernel, this.normed, layer.out, hidden, layer.outBias);
     for (let i = 0; i < this.config.n_embd; i++) this.x[i] += this.normed[i];
   }
 }
 
-return {Model, erf, fromFloat16};
+return {Model};
 })();
-
-if (typeof module !== "undefined") module.exports = Engine;

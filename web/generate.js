@@ -2,6 +2,7 @@
 "use strict";
 
 const N_CANDIDATES = 10;
+const MAX_UNREAD = 256;  // tokens that are computed ahead of what the page shows
 
 /** Lower the logits of the tokens in `seen`, whatever their sign; returns a copy. */
 function penalizeRepetition(logits, seen, penalty) {
@@ -66,8 +67,10 @@ function largest(values, n) {
   return best;
 }
 
-/** Draw a token: {id, candidates}, candidates being [id, the model's probability, the draw's] of the likeliest
- *  ten, and of the drawn one if it is not among them. */
+/** Draw a token: {id, candidates}.
+ *
+ *  candidates: [id, the model's probability, the draw's] of the likeliest ten, and of the drawn one if it is
+ *  not among them. */
 function sample(logits, seen, settings, random) {
   const model = logitsToProbs(logits, 1, 0, 1);
   const scores = penalizeRepetition(logits, seen, settings.penalty);
@@ -82,7 +85,7 @@ function sample(logits, seen, settings, random) {
   return {id, candidates: shown.map(i => [i, model[i], drawn[i]])};
 }
 
-/** The end of `ids` that fits into the room a prompt has; under the template the first mark stays in front. */
+/** The end of `ids` that fits into a prompt's room; under the template the first mark stays in front. */
 function fitPrompt(ids, length, blockSize, keepFirst) {
   const room = Math.max(1, Math.min(length - 1, blockSize - Math.floor(blockSize / 4)));
   if (ids.length <= room) return ids;
@@ -91,7 +94,8 @@ function fitPrompt(ids, length, blockSize, keepFirst) {
 
 /** Yield null after each token of the prompt, then {id, candidates} for each token of the continuation.
  *
- *  request: {ids, length (of prompt and continuation), penaltyStart, stopId, temperature, topK, topP, penalty}.
+ *  request: {ids, length, penaltyStart, stopId, temperature, topK, topP, penalty}; length: that of the prompt
+ *  and the continuation together.
  *  When the context is full, its second half is read again and generation continues from there. */
 function* generate(model, request, random = Math.random) {
   const blockSize = model.config.block_size;
@@ -120,13 +124,14 @@ function* generate(model, request, random = Math.random) {
 
 /** Answer messages; the same in a Worker and on the main thread.
  *
- *  In: {type: "load", file, buffer}, {type: "generate", request}, {type: "read"} after each "tokens", {type: "stop"}.
+ *  In: {type: "load", file, buffer}, {type: "generate", request}, {type: "stop"}, and {type: "read"} when the
+ *  page has shown "tokens" and can show more.
  *  Out: {type: "ready"}, {type: "tokens", tokens}, {type: "done", seconds, reason}, {type: "error", text}.
  *  sliceMs: how long to compute before looking for messages. */
 function serve(post, sliceMs, Model) {
   let model = null;
   let stopped = false;
-  let unread = 0;  // messages of tokens that the page has not shown yet
+  let isRead = true;  // has the page shown the tokens sent to it?
   let wake = () => {};
   const channel = new MessageChannel();  // without the 4 ms that setTimeout waits
   let resume = null;
@@ -138,28 +143,35 @@ function serve(post, sliceMs, Model) {
 
   function send(tokens) {
     if (!tokens.length) return;
-    unread += 1;
+    isRead = false;
     post({type: "tokens", tokens});
   }
 
   async function run(request) {
     stopped = false;
-    unread = 0;
+    isRead = true;
     const start = performance.now();
-    let answerStart = start;
+    let answerStart = start;  // when the prompt is read
+    let hasBegun = false;
     let reason = "length";
     let tokens = [];
     let sliceEnd = start + sliceMs;
     for (const next of generate(model, request)) {
-      if (next === null) answerStart = performance.now();
-      else if (next.id === request.stopId) reason = "end";
-      if (next !== null) tokens.push(next);
+      if (next !== null) {
+        hasBegun = true;
+        tokens.push(next);
+        if (next.id === request.stopId) reason = "end";
+      } else if (!hasBegun) {
+        answerStart = performance.now();
+      }
       if (performance.now() < sliceEnd) continue;
-      send(tokens);
-      tokens = [];
+      if (isRead) {
+        send(tokens);
+        tokens = [];
+      }
       await pause();
       // A fast model waits for the page, which could not react to a press of Stop otherwise.
-      while (unread > 1 && !stopped) await new Promise(resolve => wake = resolve);
+      while (tokens.length >= MAX_UNREAD && !isRead && !stopped) await new Promise(resolve => wake = resolve);
       if (stopped) {
         reason = "stopped";
         break;
@@ -179,7 +191,7 @@ function serve(post, sliceMs, Model) {
       } else if (message.type === "generate") {
         run(message.request).catch(fail);
       } else {
-        if (message.type === "read") unread -= 1;
+        if (message.type === "read") isRead = true;
         else stopped = true;
         wake();
       }
@@ -187,8 +199,4 @@ function serve(post, sliceMs, Model) {
       fail(error);
     }
   };
-}
-
-if (typeof module !== "undefined") {
-  module.exports = {argmax, draw, fitPrompt, generate, largest, logitsToProbs, penalizeRepetition, sample};
 }

@@ -12,7 +12,7 @@ function tokenLabel(id) {
 }
 
 function openSheet(name) {
-  for (const sheet of document.querySelectorAll(".sheet")) sheet.hidden = sheet.id !== name;
+  for (const sheet of findAll(".sheet")) sheet.hidden = sheet.id !== name;
   document.body.dataset.sheet = name || "";
   $("open-settings").setAttribute("aria-expanded", name === "settings");
   if (name !== "inspector" && inspected) {

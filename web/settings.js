@@ -1,13 +1,14 @@
 // The settings of the sampler, and their panel.
 "use strict";
 
-// key, its name in a link, default (those of inference.py), slider (from, to, step), limits of what may be typed
+// key, its name in a link, default (inference.py's), slider (from, to, step), limits of what may be typed
 const FIELDS = [
   {key: "temperature", link: "t", value: 1, slider: [0, 2, 0.05], least: 0, most: 1000},
   {key: "topK", link: "k", value: 5, slider: [0, 50, 1], least: 0, most: 1e6, whole: true},
   {key: "topP", link: "p", value: 1, slider: [0.05, 1, 0.05], least: 0.001, most: 1},
   {key: "penalty", link: "r", value: 1.2, slider: [1, 2, 0.05], least: 0.01, most: 1000},
-  {key: "length", link: "l", value: BLOCK_SIZE, slider: [2, 4 * BLOCK_SIZE, 1], least: 2, most: 1e6, whole: true},
+  {key: "length", link: "l", value: BLOCK_SIZE, slider: [2, 4 * BLOCK_SIZE, 1], least: 2, most: 1e6,
+    whole: true},
 ];
 const settings = Object.fromEntries(FIELDS.map(field => [field.key, field.value]));
 

@@ -7,7 +7,7 @@ class Tokenizer {
     Object.assign(this, file);
     this.isSpecial = new Set(file.special);
     this.stoi = new Map(file.itos.map((token, id) => [token, id]));
-    this.wordLengths = new Map();  // first character -> lengths of the words that begin with it, longest first
+    this.wordLengths = new Map();  // first character -> lengths of its words, longest first
     file.itos.forEach((token, id) => {
       const characters = Array.from(token);
       if (characters.length < 2 || this.isSpecial.has(id)) return;
@@ -49,5 +49,3 @@ class Tokenizer {
     return [...history, ...this.question(question)];
   }
 }
-
-if (typeof module !== "undefined") module.exports = {Tokenizer};

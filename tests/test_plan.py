@@ -1,0 +1,177 @@
+"""The planner: which model it chooses, what it writes, and whether training then does what it says."""
+
+import json
+
+import pytest
+import torch
+
+import plan
+from config import ModelConfig
+from metrics import parse_log
+from script import InputError
+from studies.bench import peak_bytes
+from studies.train_speed import our_step
+
+
+@pytest.fixture
+def planned(workspace, monkeypatch, capsys):
+    """planned(WORDS…): plan.py in the workspace, with short measurements; returns its last line's dict."""
+    monkeypatch.setattr(plan, "LADDER", ((1, 8), (1, 16), (1, 32)))
+    monkeypatch.setattr(plan, "STARTING_SECONDS", 1.0)
+
+    def run(*words):
+        plan.main(plan.command_line(list(map(str, words)), root=str(workspace.path)))
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+    return run
+
+
+def test_the_plan_for_a_time_is_written_and_kept_by_training(workspace, planned):
+    workspace.configure("config_pretrain.json", random_seed=7, from_checkpoint="")
+    before = json.loads((workspace.path / "config_pretrain.json").read_text())
+    result = planned("--minutes", 0.5, "--device", "cpu", "--write")
+    model = json.loads((workspace.path / "model_config.json").read_text())
+    train = json.loads((workspace.path / "config_pretrain.json").read_text())
+    assert result["written"] and model.items() >= result["model"].items()
+    assert train.items() >= result["train"].items()
+    assert train["random_seed"] == 7 and train["dataset_path"] == before["dataset_path"]
+    assert train["max_steps"] == train["lr_decay_iters"] == 0 and train["device"] == "cpu"
+    # Training starts from these files, and its learning rate follows the clock to 0.
+    workspace.configure("config_pretrain.json", max_minutes=4 / 60)
+    workspace.run("train.py")
+    steps, validations = parse_log(next(workspace.path.glob("train_*.log")))
+    rates = [step["lr"] for step in steps]
+    assert max(rates) <= train["learning_rate"] and rates[-1] < 0.1 * max(rates)
+    assert validations[-1]["step"] == steps[-1]["step"]
+    saved = workspace.load("pretrain_last.pt")
+    assert saved["model_config"]["n_embd"] == result["model"]["n_embd"]
+
+
+def test_what_is_planned_can_be_exported():
+    """Other programs run RoPE, query/key norm and squared ReLU, and know no table of preceding tokens."""
+    assert plan.SHAPE["n_prev"] == 0 and plan.SHAPE["use_rope"] and plan.SHAPE["qk_norm"]
+    assert plan.SHAPE["activation"] == "relu2" and plan.SHAPE["final_norm"] == "rmsnorm"
+    assert not plan.SHAPE["bias"] and plan.SHAPE["is_causal"]
+
+
+def test_without_write_nothing_changes(workspace, planned):
+    before = {path.name: path.read_bytes() for path in workspace.path.glob("*.json")}
+    assert not planned("--tokens", 20000)["written"]
+    assert before == {path.name: path.read_bytes() for path in workspace.path.glob("*.json")}
+
+
+def test_a_plan_for_tokens_has_as_many_steps_as_they_are(planned):
+    result = planned("--tokens", 50_000)
+    train = result["train"]
+    in_a_step = train["batch_size"] * train["gradient_accumulation_steps"] * 32
+    assert train["max_steps"] == round(50_000 / in_a_step) and train["max_minutes"] == 0
+    assert result["expected_loss"] == min(result["losses"].values())
+
+
+def test_less_memory_means_a_smaller_step_and_then_a_smaller_model(planned):
+    assert planned("--memory_gb", 100)["model"]["n_embd"] == 32  # the largest there is
+    n_bytes = plan.memory_bytes(ModelConfig(n_layer=1, n_embd=16, n_head=1, vocab_size=70, block_size=32,
+                                            **plan.SHAPE), 32, is_half=True)
+    small = planned("--memory_gb", 1.05 * n_bytes / 1e9)
+    assert small["model"]["n_embd"] <= 16
+    assert small["train"]["gradient_accumulation_steps"] > 1 and small["memory_gb"] <= 1.05 * n_bytes / 1e9
+    with pytest.raises(InputError, match="too little for the smallest model"):
+        planned("--memory_gb", 1e-6)
+
+
+def test_a_second_plan_does_not_depend_on_the_first(planned):
+    first = planned("--tokens", 30_000, "--write")
+    again = planned("--tokens", 30_000)
+    for key in ("model", "losses"):
+        assert first[key] == again[key]
+    assert first["train"]["learning_rate"] == again["train"]["learning_rate"]
+
+
+@pytest.mark.parametrize("is_half", [False, True])
+def test_the_estimate_of_memory_is_near_what_training_takes(is_half):
+    dtype = torch.bfloat16 if is_half else torch.float32
+    for values in (dict(n_layer=2, n_embd=96, n_head=1, vocab_size=71),
+                   dict(n_layer=4, n_embd=128, n_head=2, vocab_size=2096)):
+        config = ModelConfig(block_size=128, **values, **plan.SHAPE)
+        args = type("Args", (), {"model": config, "batch_size": 8})
+        step, model = our_step(args, torch.device("cpu"), dtype, "muon")
+        step()
+        weights_and_moments = 12 * model.n_params()
+        measured = peak_bytes(step, torch.device("cpu")) + weights_and_moments
+        assert plan.memory_bytes(config, 8 * 128, is_half) == pytest.approx(measured, rel=0.35)
+
+
+def test_the_learning_rate_falls_with_the_width_and_keeps_its_product():
+    assert plan.learning_rate_at(256) == 3e-3
+    assert plan.learning_rate_at(64) == pytest.approx(1.2e-2)
+    assert plan.learning_rate_at(512, 1e-3, 128) == pytest.approx(2.5e-4)
+
+
+def test_a_step_grows_with_the_tokens_within_limits():
+    sizes = [plan.step_tokens(tokens, 256) for tokens in (1e5, 1e6, 4e6, 2e7, 1e9, 1e12)]
+    assert sizes == [1024, 1024, 1024, 8192, 262144, 524288]
+    assert plan.step_tokens(1e5, 2048) == 2048  # at least one window
+
+
+def test_the_law_of_this_text_comes_before_a_shipped_one_and_that_by_its_vocabulary(tmp_path):
+    assert plan.choose_law(str(tmp_path), 65, 1000)[0] == plan.LAWS["Tiny Shakespeare"]
+    assert plan.choose_law(str(tmp_path), 4000, 1000)[0] == plan.LAWS["amateur radio"]
+    own = {"E": 1.0, "A": 2.0, "B": 3.0, "alpha": 0.5, "beta": 0.5}
+    path = tmp_path / "scaling.json"
+    path.write_text(json.dumps({"law": own, "training_tokens": 1000, "model": plan.SHAPE}))
+    law, which = plan.choose_law(str(tmp_path), 65, 1000)
+    assert law == own and "fitted to this text" in which
+    assert plan.choose_law(str(tmp_path), 65, 999)[0] != own  # another text
+    path.write_text(json.dumps({"law": own, "training_tokens": 1000, "model": {**plan.SHAPE, "n_prev": 3}}))
+    assert plan.choose_law(str(tmp_path), 65, 1000)[0] != own  # another kind of model
+
+
+def test_more_time_gives_a_larger_model_and_a_lower_loss(workspace, monkeypatch):
+    """With a speed that is given instead of measured."""
+    monkeypatch.setattr(plan.Planner, "measure", lambda self, model, config: (
+        1e11 / plan.on_meta(model).flops_per_token(), 1e6))
+    plans = []
+    for minutes in (1, 30, 300):
+        args = plan.command_line(["--minutes", str(minutes)], root=str(workspace.path))
+        planner = plan.Planner(args)
+        planner.text.n_tokens = 10_000_000
+        found = planner.candidates()
+        plans.append(min(found, key=lambda candidate: candidate.loss))
+        assert found[-1].loss > plans[-1].loss  # it went on until the loss rose
+    widths = [best.model.n_embd for best in plans]
+    assert widths == sorted(widths) and widths[0] < widths[-1]
+    losses = [best.loss for best in plans]
+    assert losses[0] > losses[1] > losses[2]
+
+
+def test_a_model_that_could_learn_the_text_by_heart_is_not_chosen(workspace, monkeypatch):
+    monkeypatch.setattr(plan.Planner, "measure", lambda self, model, config: (1e9, 1e6))
+    planner = plan.Planner(plan.command_line(["--minutes", "60"], root=str(workspace.path)))
+    planner.text.n_tokens = 100_000
+    sizes = [plan.on_meta(candidate.model).n_multiplied() for candidate in planner.candidates()]
+    assert 200_000 < max(sizes) <= 300_000
+
+
+def test_dropout_comes_with_repeats_of_a_text_that_the_model_could_memorise():
+    assert plan.dropout_for(n=1e6, epochs=2, unique=1e6) == 0
+    assert plan.dropout_for(n=1e5, epochs=20, unique=1e6) == 0
+    assert 0 < plan.dropout_for(1e6, 8, 1e6) < plan.dropout_for(1e6, 40, 1e6) <= 0.2
+
+
+@pytest.mark.parametrize("words, message", [
+    ([], "give --minutes"), (["--minutes", "0"], "--minutes 0.0: must be above 0"),
+    (["--minutes", "0.1"], "must be at least 0.5"), (["--minutes", "nan"], "must be above 0"),
+    (["--tokens", "-5"], "--tokens -5: must be above 0"),
+    (["--minutes", "1", "--dataset_path", '[["a.npy", "b.npy"]]'], "a.npy: no such file; run python data.py")
+])
+def test_mistakes_are_one_line(workspace, words, message):
+    with pytest.raises(InputError) as error:
+        plan.command_line(words, root=str(workspace.path))
+    assert message in str(error.value)
+
+
+def test_help_and_mistakes_need_no_torch(workspace):
+    (workspace.path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    assert "--minutes" in workspace.run("plan.py", "--help").stdout
+    assert "give --minutes" in workspace.run("plan.py", status=2).stderr
+    both = workspace.run("plan.py", "--minutes", 1, "--tokens", 5, status=2).stderr
+    assert "--tokens: not allowed with argument --minutes" in both and both.count("\n") == 1
