@@ -63,7 +63,7 @@ class Workspace:
         self.configure("model_config.json", **TINY)
         for name in ("config_pretrain.json", "config_sft.json"):
             self.configure(name, batch_size=4, gradient_accumulation_steps=2, max_steps=6, warmup_iters=2,
-                           eval_interval=3, eval_iters=2, device="cpu")
+                           eval_interval=3, eval_iters=2, device="cpu", dtype="float32")
         self.prepare()
 
     def configure(self, name, **values):
