@@ -9,14 +9,12 @@ import pytest
 import torch
 from conftest import PAIRS, TEXT, Workspace
 
-import contamination
-import data_text
 import evaluate
-import likelihood
-import multiple_choice
 from checkpoint import build_model, load
+from corpus import text as data_text
 from dataloader import write_fingerprint
 from model import documents_of
+from scoring import contamination, likelihood, multiple_choice
 from tokenizer import SPECIAL_TOKENS, Tokenizer, encode_prompt
 
 SFT = "checkpoint/sft_last.pt"
