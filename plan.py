@@ -192,8 +192,7 @@ class PreparedText:
     def loaders(self, block_size, batch_size, val_batch_size=None):
         """Loaders of the training and the validation text."""
         files, val_files = zip(*self.pairs, strict=True)
-        return [DataLoader(paths, "pretrain", block_size, rows, self.seed,
-                           vocab_size=self.tokenizer.vocab_size)
+        return [DataLoader(paths, "pretrain", block_size, rows, self.seed, tokenizer=self.tokenizer)
                 for paths, rows in ((files, batch_size), (val_files, val_batch_size or batch_size))]
 
 

@@ -67,6 +67,7 @@ class LayerStats:
         with contextlib.suppress(OSError):  # a full disk must not end the training
             self.file.write(json.dumps({"step": step, "layers": layers}) + "\n")
 
+    @torch.no_grad()
     def activations(self, x):
         """[{rms, entropy, max_logit, dead}] of each layer, from one forward pass without dropout."""
         found = [{} for _ in self.model.transformer["h"]]

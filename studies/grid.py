@@ -49,38 +49,56 @@ def progress(total, unit="FLOP"):
                 mininterval=0.2 if sys.stderr.isatty() else 15)
 
 
-class CountedSteps(SingleProcess):
-    """A process that prints nothing and calls `after_step()` after each step."""
+class ObservedProcess(SingleProcess):
+    """A process that prints nothing, keeps the loss of every step, and calls `after_step(model)` after it.
 
-    def __init__(self, after_step):
+    rate: a function of the step that replaces the schedule of the learning rate; None: the schedule stays."""
+
+    def __init__(self, after_step, rate=None):
         self.after_step = after_step
+        self.rate = rate
+        self.losses = []
+
+    def read(self, loss, norm):
+        loss, norm = super().read(loss, norm)
+        self.losses.append(loss)
+        return loss, norm
 
     def take_step(self, lr, norm):
+        if self.rate:
+            lr = self.rate(len(self.losses) - 1)
         norm = super().take_step(lr, norm)
-        self.after_step()
+        self.after_step(self.model)
         return norm
 
     def say(self, text):
         pass
 
 
-def train_run(model_config, config, text, after_step, val_rows=None):
-    """Train one model from the start, with nothing on disk, and validate it.
+def train_run(model_config, config, text, after_step, rate=None, prepare=None):
+    """Train one model from the start, with nothing on disk, and validate it on every row.
 
-    text: plan.PreparedText. val_rows: validate on so many rows, evenly spaced (default: all of them). Returns
-    fit()'s dict and `loss`, `epochs` and `model`."""
-    strategy = CountedSteps(after_step)
+    text: plan.PreparedText. after_step, rate: see ObservedProcess. prepare(model): called before training.
+    Returns fit()'s dict and `loss`, `losses` (of each step), `epochs`, `model`, and `validate`, a function
+    that gives the loss of the model's present weights."""
+    strategy = ObservedProcess(after_step, rate)
     strategy.setup(config)
     val_batch_size = max(1, 8192 // model_config.block_size)
     setup = build_run(config, strategy, "pretrain", text.tokenizer, model_config,
                       lambda c, _: text.loaders(c.block_size, config.batch_size, val_batch_size),
                       folder=None, quiet=True)
+    if prepare:
+        prepare(setup.model)
     result = fit(setup.model, setup.tokenizer, setup.loader, setup.val_loader, config, strategy, setup.run)
-    n_batches = -(-(val_rows or len(text.pairs) * text.n_val_rows) // val_batch_size)
-    loss = validation_loss(setup.model, setup.val_loader, strategy, config, setup.tokenizer, n_batches)
+    n_batches = sum(-(-source.n_rows // val_batch_size) for source in setup.val_loader.sources)
+
+    def validate():
+        return validation_loss(setup.model, setup.val_loader, strategy, config, setup.tokenizer,
+                               n_batches * len(text.pairs))  # the shortest file gets its share of them
+
     micro_batches = result["step"] * config.gradient_accumulation_steps
-    return {**result, "loss": loss, "epochs": micro_batches / setup.loader.batches_per_epoch,
-            "model": setup.model}
+    return {**result, "loss": validate(), "losses": strategy.losses, "model": setup.model,
+            "epochs": micro_batches / setup.loader.batches_per_epoch, "validate": validate}
 
 
 def save_plot(figure, path):

@@ -126,7 +126,7 @@ def train_grid(args, path):
         for name, model, config in todo:
             bar.set_description(f"{name}, {config.max_steps} steps")
             flops = flops_of_step(model, config)
-            result = train_run(model, config, text, lambda flops=flops: bar.update(flops))
+            result = train_run(model, config, text, lambda _, flops=flops: bar.update(flops))
             if result["signal"]:
                 return runs, result["signal"]
             runs.append({"shape": name, "steps": result["step"], "n": on_meta(model).n_multiplied(),
