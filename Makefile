@@ -53,4 +53,4 @@ soak: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(PY) tests/soak.py
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis __pycache__ */__pycache__

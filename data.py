@@ -9,7 +9,7 @@
 
 An input is a file, a folder, a glob in quotes, or - for standard input; .gz, .xz and .zip are unpacked.
 Texts are plain text, or JSON rows with the field "text". Questions and answers are JSON rows, JSONL or an
-array, in any of the forms that data_json.py lists.
+array, in any of the forms that corpus/forms.py lists.
 
 Text is written as token ids, shape (tokens,). Instruction data is written as ids and loss mask side by side,
 shape (tokens, 2), each row of it ended by one <|Padding|>. FILE.npy.json is the fingerprint of a file's
@@ -33,10 +33,10 @@ import time
 from collections import Counter
 
 from config import ROOT, InputError, ModelConfig, Parser, guarded_output, load_config, print_json, run_script
-from data_inputs import DOCUMENTS, ROWS, open_inputs, progress
-from data_rows import prepare_rows
-from data_split import SIDES, renumber
-from data_text import prepare_text
+from corpus.inputs import DOCUMENTS, ROWS, open_inputs, progress
+from corpus.rows import prepare_rows
+from corpus.split import SIDES, renumber
+from corpus.text import prepare_text
 from dataloader import fingerprint_path, write_fingerprint
 from tokenizer import GrowingTokenizer, Tokenizer
 

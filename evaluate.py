@@ -54,18 +54,18 @@ import torch
 from tqdm import tqdm
 
 import checkpoint as ckpt
-from contamination import count_contamination
+from corpus.inputs import DOCUMENTS, Source, find_files
+from corpus.rows import load_conversations
+from corpus.split import Counts
+from corpus.text import read_text
 from cpu.int8 import quantize
-from data_inputs import DOCUMENTS, Source
-from data_rows import load_conversations
-from data_split import Counts
-from data_text import read_text
 from dataloader import InstructionRows, check_vocabulary, open_array
 from device import pick_device
 from generate import complete
-from likelihood import fit_prompt
 from model import batch_loss
-from multiple_choice import print_table, score_choices
+from scoring.contamination import count_contamination
+from scoring.likelihood import fit_prompt
+from scoring.multiple_choice import print_table, score_choices
 
 IDS_AT_ONCE = 1 << 20
 TEXT_BATCH = 16  # windows of block_size tokens
@@ -259,6 +259,8 @@ def print_scores(scores):
 
 def main():
     args = command_line()
+    for path in args.contamination or []:
+        find_files(path)  # a missing one is better known before the scoring
     checkpoint = ckpt.load(args.model)
     document_mask = checkpoint["train_config"].get("document_mask", False)
     model, tokenizer = ckpt.build_model(checkpoint, args.model)

@@ -88,10 +88,10 @@ if __name__ == "__main__":
     before_imports(command_line)
 
 import checkpoint as ckpt
-import export_gguf
-import export_hf
-import export_html
-from portable import TOLERANCES, architecture_of
+from exports import gguf as export_gguf
+from exports import hf as export_hf
+from exports import html as export_html
+from exports.portable import TOLERANCES, architecture_of
 
 
 def to_hf(args, model, tokenizer, chat):

@@ -76,7 +76,8 @@ class LayerStats:
                 values["rms"] = float(output.float().square().mean().sqrt())
 
             def before_attention(module, args, values=values):
-                values["entropy"], values["max_logit"] = attention_entropy(module, args[0], args[1], is_causal=args[3])
+                x, rope, _, is_causal = args[:4]
+                values["entropy"], values["max_logit"] = attention_entropy(module, x, rope, is_causal)
 
             def before_projection(module, args, values=values):
                 active = (args[0].flatten(0, -2) != 0).any(0)  # (hidden,)

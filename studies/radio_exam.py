@@ -7,8 +7,8 @@ and answers. Two experiments:
 
     OUT/learnt/         ham_radio as it is, and every question of the bank with its right answer
     OUT/understands/    a fifth of the bank is held out: text, pairs and questions that hold one of its
-                        questions (contamination.py says what counts) are removed, as are pairs that give a
-                        right answer of it word for word
+                        questions (scoring/contamination.py says what counts) are removed, as are pairs that
+                        give a right answer of it word for word
     OUT/held_out.csv    that fifth, to score `understands` with. Questions that are near copies of each other
                         are held out together, or not at all
     OUT/rest.csv        the other four fifths
@@ -48,9 +48,9 @@ def command_line():
 if __name__ == "__main__":
     before_imports(command_line)
 
-from contamination import KINDS, QuestionIndex, normalise, units_of_line
-from data_rows import load_conversations
-from multiple_choice import LETTERS, read_choices
+from corpus.rows import load_conversations
+from scoring.contamination import KINDS, QuestionIndex, normalise, units_of_line
+from scoring.multiple_choice import LETTERS, read_choices
 
 HELD_OUT = 5  # one part of so many
 N_SHUFFLES = 10

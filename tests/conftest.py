@@ -34,7 +34,7 @@ from tokenizer import Tokenizer, encode_conversation
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
 
-PACKAGES = ("cpu", "problems", "studies", "web")
+PACKAGES = ("corpus", "cpu", "exports", "problems", "scoring", "studies", "web")
 TINY = dict(block_size=32, n_layer=2, n_head=4, n_embd=32)
 TEXT = "".join(f"<|bos|>The letter {a} follows {b}. 字母{a}在{b}后面。<|eos|>\n"
                for a, b in zip("BCDEFGHIJKLMNOPQRSTUVWXYZ" * 8, "ABCDEFGHIJKLMNOPQRSTUVWXY" * 8, strict=True))

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 import data
-import data_json
 from config import InputError
-from data_inputs import likely_encoding
-from data_rows import load_conversations
+from corpus import forms as data_json
+from corpus.inputs import likely_encoding
+from corpus.rows import load_conversations
 from dataloader import check_vocabulary
 from tokenizer import Tokenizer
 

@@ -9,14 +9,12 @@ import pytest
 import torch
 from conftest import PAIRS, TEXT, Workspace
 
-import contamination
-import data_text
 import evaluate
-import likelihood
-import multiple_choice
 from checkpoint import build_model, load
+from corpus import text as data_text
 from dataloader import write_fingerprint
 from model import documents_of
+from scoring import contamination, likelihood, multiple_choice
 from tokenizer import SPECIAL_TOKENS, Tokenizer, encode_prompt
 
 SFT = "checkpoint/sft_last.pt"
@@ -114,7 +112,8 @@ def test_multiple_choice_takes_the_likeliest_option(trained, capsys):
     (["--ceval", "gone.csv"], None, "gone.csv: cannot be read"),
     (["--text", "text.txt", "--shots", "1"], None, "--shots and --dev belong to --ceval"),
     (["--text", "text.txt", "--contamination", "text.txt"], None, "--contamination looks for"),
-], ids=range(18))
+    (["--qa", "qa.jsonl", "--contamination", "gone.txt"], None, "gone.txt: no such file"),
+], ids=range(19))
 def test_a_mistake_is_one_line(trained, words, content, message):
     if content is not None:
         (trained.path / "bad").write_bytes(content)
@@ -179,15 +178,23 @@ def test_windows_hold_every_id_but_the_first_once_as_a_target(n, size):
     assert targets.tolist() == list(range(1, n)) and inputs.tolist() == list(range(n - 1))
 
 
-def test_the_memory_of_scoring_a_text_does_not_grow_with_it(tmp_path, tiny_model):
-    """Python's own allocations while a text of 4 and of 16 MB is cut into batches, without the model."""
+@pytest.mark.parametrize("kind", ["text", "data"])
+def test_the_memory_of_scoring_does_not_grow_with_the_file(tmp_path, kind):
+    """Python's own allocations while 4 and 16 M characters are cut into batches, without the model."""
     tokenizer = Tokenizer.build(["abcdefgh"])
     peaks = []
     for n in (1, 4):
-        path = tmp_path / f"{n}.txt"
-        path.write_text("abcdefgh" * (n << 19))
+        path = str(tmp_path / f"{n}")
+        if kind == "text":
+            with open(path, "w") as file:
+                file.write("abcdefgh" * (n << 19))
+        else:
+            with open(path, "wb") as file:
+                np.save(file, np.full(n << 22, 7, np.uint16))
         tracemalloc.start()
-        for _ in evaluate.window_batches(evaluate.encode_pieces(tokenizer, str(path)), 32, pad_id=0):
+        pieces = evaluate.encode_pieces(tokenizer, path) if kind == "text" else \
+            evaluate.read_ids(path, evaluate.open_array(path), tokenizer.vocab_size)
+        for _ in evaluate.window_batches(pieces, 32, pad_id=0):
             pass
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()

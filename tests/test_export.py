@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 import checkpoint as ckpt
 import export
 import inference
-import portable
 from config import ModelConfig
 from export import DTYPES
+from exports import portable
 from generate import complete
 from model import GPT
 from tokenizer import Tokenizer, encode_conversation, encode_prompt

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from contamination import QuestionIndex, count_contamination, normalise
-from data_rows import load_conversations
-from multiple_choice import read_choices
+from corpus.rows import load_conversations
+from scoring.contamination import QuestionIndex, count_contamination, normalise
+from scoring.multiple_choice import read_choices
 from script import run_script
 from studies import radio_exam
 

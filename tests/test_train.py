@@ -5,7 +5,6 @@ import json
 import math
 import os
 import platform
-import resource
 import signal
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The page of export_html.py: its engine against PyTorch in Node, and the page itself in Chromium."""
+"""The page of exports/html.py: its engine against PyTorch in Node, and the page itself in Chromium."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import checkpoint as ckpt
 from config import ModelConfig
-from export_html import CHUNK, read_page, unpack_tensors, write_html
+from exports.html import CHUNK, read_page, unpack_tensors, write_html
 from generate import generate, logits_to_probs, penalize_repetition
 from inference import fit_prompt, prompt_ids
 from model import GPT

@@ -145,7 +145,7 @@ const ACTIVATIONS = {
 
 /** A causal GPT with its cache of keys and values. `read` takes one token and keeps what it has read. */
 class Model {
-  /** file: {config, tensors}, as export_html.py writes it; buffer: the bytes of all tensors. */
+  /** file: {config, tensors}, as exports/html.py writes it; buffer: the bytes of all tensors. */
   constructor(file, buffer) {
     const c = this.config = file.config;
     const entries = Object.entries(file.tensors);

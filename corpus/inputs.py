@@ -23,7 +23,7 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 from config import InputError
-from data_json import WANTED, form_of
+from corpus.forms import WANTED, form_of
 
 try:
     import lzma

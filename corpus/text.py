@@ -5,9 +5,9 @@ import random
 import re
 
 from config import InputError
-from data_inputs import DOCUMENTS, not_utf8, progress
-from data_json import read_rows
-from data_split import Counts, sides_of_texts, validation_buckets, write_split, write_tail_split
+from corpus.forms import read_rows
+from corpus.inputs import DOCUMENTS, not_utf8, progress
+from corpus.split import Counts, sides_of_texts, validation_buckets, write_split, write_tail_split
 
 CHUNK_BYTES = 1 << 21  # read at once; small enough for the arrays made of it to stay in the cache
 LONGEST_DOCUMENT = 1 << 20  # characters; the parts of a longer one are treated as documents

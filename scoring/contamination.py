@@ -21,10 +21,10 @@ import tempfile
 import unicodedata
 from collections import Counter, defaultdict
 
-from data_inputs import ROWS, open_inputs
-from data_rows import read_conversations
-from data_split import Counts
-from data_text import read_text
+from corpus.inputs import ROWS, open_inputs
+from corpus.rows import read_conversations
+from corpus.split import Counts
+from corpus.text import read_text
 
 N = 4  # characters of an n-gram
 NEAR = 0.6

@@ -9,7 +9,7 @@ import os
 
 import torch
 
-from portable import (
+from exports.portable import (
     XIELU,
     as_messages,
     chat_template,

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from config import InputError
-from likelihood import fit_prompt, letter_logits, log_likelihoods
+from scoring.likelihood import fit_prompt, letter_logits, log_likelihoods
 from tokenizer import join_ids
 
 LETTERS = "ABCD"

@@ -1,6 +1,6 @@
 """What other programs call our model: architectures, weights, characters, the chat template.
 
-Used by export_hf.py and export_gguf.py. Three facts make an export exact:
+Used by exports/hf.py and exports/gguf.py. Three facts make an export exact:
 
 - An RMS norm without weights commutes with a rotation. So our query/key norm, after RoPE, is the one that
   Qwen3 and Apertus have before RoPE, with weights of one.

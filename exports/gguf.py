@@ -14,7 +14,7 @@ import urllib.request
 import numpy as np
 import torch
 
-from portable import (
+from exports.portable import (
     XIELU,
     as_messages,
     chat_template,
