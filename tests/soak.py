@@ -33,7 +33,7 @@ if __name__ == "__main__":
     ARGS = cli.parse_args()
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from conftest import Workspace
+from conftest import Workspace, exact, forks
 
 import checkpoint as ckpt
 import train
@@ -41,52 +41,6 @@ from config import InputError
 
 CONSTANT_SAVES = ["--eval_interval", 1, "--save_interval", 1, "--eval_iters", 1, "--lr_decay_iters", 100000,
                   "--gradient_accumulation_steps", 1, "--dropout", 0.1]
-
-# Imports torch once and forks a process for each line that it reads (a list of words, as JSON): it prints the
-# process's number, and its exit status when it has ended.
-FORK_SERVER = """
-import json, os, sys, train
-for line in sys.stdin:
-    sys.argv = json.loads(line)
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os.dup2(os.open("stderr.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-        status = 1
-        try:
-            train.run_script(train.main)
-        except SystemExit as error:
-            status = error.code or 0
-        os._exit(status)
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-
-class Trainer:
-    """Starts train.py in a workspace again and again, without importing torch each time."""
-
-    def __init__(self, workspace):
-        env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        self.server = subprocess.Popen([sys.executable, "-c", FORK_SERVER], cwd=workspace.path, text=True,
-                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
-
-    def start(self, *words):
-        """Begin a run; returns its process number."""
-        self.server.stdin.write(json.dumps(["train.py", *map(str, words)]) + "\n")
-        self.server.stdin.flush()
-        return int(self.server.stdout.readline())
-
-    def status(self):
-        """Wait for the run; its exit status (-9 if it was killed)."""
-        return int(self.server.stdout.readline())
-
-    def close(self):
-        self.server.stdin.close()
-        self.server.wait()
-        self.server.stdout.close()
-
 
 def check_files(folder):
     """Load every checkpoint of a folder (an InputError means that one was lost); the newest one's step."""
@@ -99,18 +53,21 @@ def kill_and_continue(workspace, kills, rng, progress=lambda n: None):
     Returns counts: kills, those in the middle of a save, steps reached, checkpoints read. Raises
     AssertionError or InputError if anything was lost."""
     folder = workspace.path / "checkpoint"
-    trainer = Trainer(workspace)
+    def start(*words):
+        (workspace.path / "stderr.txt").unlink(missing_ok=True)
+        return forks().start(workspace.path, ["train.py", *words], stderr="stderr.txt")
+
     found = {"kills": 0, "in_a_save": 0, "steps": 0, "checkpoints_read": 0}
     for n in range(kills):
-        start = ["--from_checkpoint", "latest"] if found["steps"] else []
+        where = ["--from_checkpoint", "latest"] if found["steps"] else []
         known = set(folder.glob("pretrain_2*.pt"))
-        pid = trainer.start(*CONSTANT_SAVES, "--max_steps", 0, *start)
+        run = start(*CONSTANT_SAVES, "--max_steps", 0, *where)
         deadline = time.monotonic() + 60
         while not set(folder.glob("pretrain_2*.pt")) - known and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.3))
-        os.kill(pid, signal.SIGKILL)
-        status = trainer.status()
+        run.send_signal(signal.SIGKILL)
+        status = run.wait()
         assert status == -signal.SIGKILL, (status, (workspace.path / "stderr.txt").read_text())
         step = check_files(folder)
         assert step >= found["steps"], f"went back from step {found['steps']} to {step}"
@@ -123,17 +80,14 @@ def kill_and_continue(workspace, kills, rng, progress=lambda n: None):
             path.unlink()
         progress(n + 1)
     last = ["--max_steps", found["steps"] + 3]
-    trainer.start(*CONSTANT_SAVES, *last, "--from_checkpoint", "latest")
-    assert trainer.status() == 0, (workspace.path / "stderr.txt").read_text()
+    continued = start(*CONSTANT_SAVES, *last, "--from_checkpoint", "latest")
+    assert continued.wait() == 0, (workspace.path / "stderr.txt").read_text()
     continued = workspace.load("pretrain_last.pt")
     for path in folder.iterdir():
         path.unlink()
-    trainer.start(*CONSTANT_SAVES, *last, "--save_interval", 10**9)
-    assert trainer.status() == 0
+    assert start(*CONSTANT_SAVES, *last, "--save_interval", 10**9).wait() == 0
     untouched = workspace.load("pretrain_last.pt")
-    trainer.close()
-    continued["train_config"] = untouched["train_config"]  # other flags, on purpose
-    different = train.differences(continued, untouched, "checkpoint")
+    different = train.differences(exact(continued), exact(untouched), "checkpoint")
     assert not different, different[:5]
     return found
 

@@ -17,7 +17,6 @@ import checkpoint as ckpt
 import inference
 import plot_loss
 import train
-from config import InputError
 from metrics import parse_log
 
 # ---- Kills and full disks ----
