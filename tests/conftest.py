@@ -135,10 +135,7 @@ class Workspace:
         """Run a script there in `n` processes that train together; returns their forks.
 
         What they print goes to output.txt."""
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        shared = {"WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        shared = {"WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         return [(server or forks()).start(self.path, words, stdout="output.txt", stderr="output.txt",
                                           env={**shared, "RANK": rank, "LOCAL_RANK": rank})
                 for rank in range(n)]
@@ -195,6 +192,12 @@ def exact(checkpoint):
     position = {key: value for key, value in checkpoint["dataloader"].items() if key not in
                 ("stamp", "seconds")}
     return {**checkpoint, "dataloader": position, "train_config": None}
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def bfloat16_that_is(fast):

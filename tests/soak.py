@@ -1,6 +1,6 @@
 """Kill, fill and flip for minutes; the suite runs a short form of each (test_reliability.py).
 
-    python tests/soak.py                    about eight minutes
+    python tests/soak.py                    about ten minutes
     python tests/soak.py --kills 20 --flips 500
 
 A run that saves constantly is killed at random moments and continued from the newest valid checkpoint; at the
@@ -27,13 +27,14 @@ from pathlib import Path
 if __name__ == "__main__":
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("--kills", type=int, default=200)
+    cli.add_argument("--zero_kills", type=int, default=20, help="of a DeepSpeed training")
     cli.add_argument("--fills", type=int, default=100)
     cli.add_argument("--flips", type=int, default=20000)
     cli.add_argument("--seed", type=int, default=0)
     ARGS = cli.parse_args()
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from conftest import Workspace, exact, forks
+from conftest import Workspace, exact, forks, wait_for
 
 import checkpoint as ckpt
 import train
@@ -89,6 +90,42 @@ def kill_and_continue(workspace, kills, rng, progress=lambda n: None):
     untouched = workspace.load("pretrain_last.pt")
     different = train.differences(exact(continued), exact(untouched), "checkpoint")
     assert not different, different[:5]
+    return found
+
+
+def kill_deepspeed_and_continue(workspace, kills, rng, progress=lambda n: None):
+    """Kill both processes of a ZeRO training -9 in the middle of a save, `kills` times, continuing it each
+    time; then let it end. Returns counts. Raises AssertionError or InputError if anything was lost."""
+    folder = workspace.path / "checkpoint" / "ds"
+    words = ["train_deepspeed.py", *CONSTANT_SAVES, "--gradient_accumulation_steps", 2]
+    found = {"kills": 0, "in_a_save": 0, "steps": 0}
+
+    def start(max_steps):
+        where = ["--from_checkpoint", "latest"] if found["steps"] else []
+        (workspace.path / "output.txt").unlink(missing_ok=True)
+        return workspace.start_ranks(2, *words, "--max_steps", max_steps, *where, server=forks("deepspeed"))
+
+    for n in range(kills):
+        known = set(folder.glob("*_step_*[0-9]"))
+        ranks = start(0)
+        wait_for(lambda: len(set(folder.glob("*_step_*[0-9]")) - known) > 1, ranks[0])  # noqa: B023
+        wait_for(lambda: list(folder.glob("*_step_*.tmp")), ranks[0])
+        time.sleep(rng.uniform(0, 0.02))
+        for rank in ranks:
+            rank.send_signal(signal.SIGKILL)
+        assert [rank.wait() for rank in ranks] == [-signal.SIGKILL] * 2
+        found["kills"] = n + 1
+        found["in_a_save"] += bool(list(folder.glob("*_step_*.tmp")))
+        step = ckpt.load(folder)["step"]
+        assert step > found["steps"], f"went back from step {found['steps']} to {step}"
+        for path in folder.glob("*_step_*[0-9]"):  # each can be put together
+            assert path.is_symlink() or ckpt.load(path)["step"] <= step + 1
+        found["steps"] = step
+        progress(n + 1)
+    ranks = start(found["steps"] + 2)
+    assert [rank.wait() for rank in ranks] == [0, 0], workspace.output()
+    assert f"(step {found['steps']})" in workspace.output()
+    assert ckpt.load(folder)["step"] == found["steps"] + 2 and not list(folder.glob("*.tmp"))
     return found
 
 
@@ -184,7 +221,7 @@ def main():
     rng = random.Random(ARGS.seed)
     began = time.monotonic()
     table, result = [], {"machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}"}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as zero_folder:
         workspace = Workspace(folder)
         found = kill_and_continue(workspace, ARGS.kills, rng,
                                   lambda n: print(f"\rkills: {n}", end="", file=sys.stderr, flush=True))
@@ -192,6 +229,13 @@ def main():
         result.update(found)
         table.append(("kill -9 at a random moment", f"{found['kills']} ({found['in_a_save']} in a save)",
                       f"nothing; equal to an untouched run of {found['steps'] + 3} steps, bit for bit"))
+        zero = kill_deepspeed_and_continue(
+            Workspace(zero_folder), ARGS.zero_kills, rng,
+            lambda n: print(f"\rkills under DeepSpeed: {n}", end="", file=sys.stderr, flush=True))
+        print(file=sys.stderr)
+        result["deepspeed"] = zero
+        table.append(("kill -9 in the middle of a ZeRO save", f"{zero['kills']} ({zero['in_a_save']} in a save)",
+                      "nothing; the run continued from the last whole one"))
         whole, scratch = workspace.path / "checkpoint" / "pretrain_last.pt", Path(folder) / "scratch.pt"
         small = Path(folder) / "small"
         small.mkdir()

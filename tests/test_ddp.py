@@ -127,7 +127,7 @@ def test_a_checkpoint_of_one_process_continues_in_two_and_sigterm_saves(workspac
 def test_accumulation_that_does_not_divide_is_one_clear_line(workspace):
     first, second = workspace.start_ranks(2, "train_ddp.py", "--gradient_accumulation_steps", "3")
     assert first.wait() == 2
-    second.send_signal(signal.SIGTERM)  # by the launcher
+    second.send_signal(signal.SIGTERM)  # as the launcher does
     second.wait()
     said = [line for line in workspace.output().splitlines() if line.startswith("error:")]
     assert said == ["error: gradient_accumulation_steps 3 is for all processes together and must be a "
