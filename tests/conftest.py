@@ -1,13 +1,18 @@
 """Shared by the tests: a real workspace (the scripts, small prepared data), real processes, a tiny GPT."""
 
+import atexit
 import contextlib
+import functools
 import io
 import itertools
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -20,9 +25,11 @@ sys.path.insert(0, str(REPO))
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: many small processes share few cores
 
 import torch
+from forks import Fork, Forks
 
 import config
 import metrics
+import strategy
 import train
 from config import ModelConfig
 from cpu import native
@@ -34,7 +41,7 @@ from tokenizer import Tokenizer, encode_conversation
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
 
-PACKAGES = ("corpus", "cpu", "exports", "problems", "scoring", "studies", "web")
+PACKAGES = ("corpus", "cpu", "exports", "scoring", "studies", "web")
 TINY = dict(block_size=32, n_layer=2, n_head=4, n_embd=32)
 TEXT = "".join(f"<|bos|>The letter {a} follows {b}. 字母{a}在{b}后面。<|eos|>\n"
                for a, b in zip("BCDEFGHIJKLMNOPQRSTUVWXYZ" * 8, "ABCDEFGHIJKLMNOPQRSTUVWXY" * 8, strict=True))
@@ -48,6 +55,14 @@ def compiled():
     assert native.wait("decode.c") or native.start("decode.c") is None, "decode.c does not compile"
 
 
+@functools.cache
+def forks(*more):
+    """The process that forks scripts, one for the whole session. more: modules that it imports besides."""
+    server = Forks("numpy", "torch._dynamo", "tqdm", *more)
+    atexit.register(server.close)
+    return server
+
+
 class Workspace:
     """A folder with a copy of the scripts, tiny configs and prepared data; runs scripts in it."""
 
@@ -56,8 +71,9 @@ class Workspace:
         self.stamps = itertools.count()
         for path in [*REPO.glob("*.py"), *REPO.glob("*.json")]:
             shutil.copy(path, self.path)
+        shutil.copytree(REPO / "problems", self.path / "problems")  # a test adds a problem
         for name in PACKAGES:
-            shutil.copytree(REPO / name, self.path / name)  # with the compiled decode.c in cpu/__pycache__
+            os.symlink(REPO / name, self.path / name)  # with the compiled decode.c in cpu/__pycache__
         for name in ("dataset", "checkpoint"):
             (self.path / name).mkdir()
         self.configure("model_config.json", **TINY)
@@ -85,11 +101,47 @@ class Workspace:
             np.save(self.path / "dataset" / f"sft_{name}.npy", np.concatenate(rows).astype(tokenizer.dtype))
 
     def run(self, *words, status=0, stdin="", timeout=120, env=None):
-        """Run `python WORDS…` there; assert its exit status; return the CompletedProcess (text)."""
-        result = subprocess.run([sys.executable, *map(str, words)], cwd=self.path, input=stdin, text=True,
+        """Run `python WORDS…` there; assert its exit status; return the CompletedProcess (text).
+
+        A script is forked from a process that has imported torch (forks.py), unless `env` has settings of
+        Python itself."""
+        words = list(map(str, words))
+        is_ours = words[0].endswith(".py") or words[:2][-1].startswith("studies.")
+        if is_ours and not any(name.startswith("PYTHON") for name in env or {}):
+            return self.run_fork(words, status, stdin, timeout, env)
+        result = subprocess.run([sys.executable, *words], cwd=self.path, input=stdin, text=True,
                                 capture_output=True, timeout=timeout, env={**os.environ, **(env or {})})
         assert result.returncode == status, f"{words}: {result.returncode}\n{result.stdout}\n{result.stderr}"
         return result
+
+    def run_fork(self, words, status, stdin, timeout, env):
+        with tempfile.TemporaryDirectory() as folder:
+            streams = {name: Path(folder) / name for name in ("stdin", "stdout", "stderr")}
+            streams["stdin"].write_text(stdin, encoding="utf-8")
+            ended = forks().start(self.path, words, **streams, env=env).wait(timeout)
+            output = [streams[name].read_text(encoding="utf-8") for name in ("stdout", "stderr")]
+        assert ended == status, f"{words}: {ended}\n{output[0]}\n{output[1]}"
+        return subprocess.CompletedProcess(words, ended, *output)
+
+    def start(self, *words, **streams):
+        """Run a script there in a fork, and return it when it has taken its first step of training."""
+        seen = set(self.path.glob("train_*.log"))
+        fork = forks().start(self.path, words, **streams)
+        wait_for(lambda: any("Loss: " in log.read_text()
+                             for log in set(self.path.glob("train_*.log")) - seen), fork)
+        return fork
+
+    def start_ranks(self, n, *words, server=None):
+        """Run a script there in `n` processes that train together; returns their forks.
+
+        What they print goes to output.txt."""
+        shared = {"WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        return [(server or forks()).start(self.path, words, stdout="output.txt", stderr="output.txt",
+                                          env={**shared, "RANK": rank, "LOCAL_RANK": rank})
+                for rank in range(n)]
+
+    def output(self):
+        return (self.path / "output.txt").read_text(encoding="utf-8")
 
     @contextlib.contextmanager
     def here(self, *words):
@@ -110,7 +162,7 @@ class Workspace:
         return config.command_line(None, argv=list(map(str, words)), root=str(self.path))
 
     def train(self, *words):
-        """train.py WORDS… in this process, which spares the import of torch; returns what train.train does."""
+        """train.py WORDS… in this process, which spares the import of torch; returns the loop's dict."""
         with self.here():
             return train.train(self.arguments(*words), train.SingleProcess())
 
@@ -133,6 +185,33 @@ class Workspace:
     def load(self, name):
         """A checkpoint file of the workspace as the dict that it holds."""
         return torch.load(self.path / "checkpoint" / name, weights_only=True)
+
+
+def exact(checkpoint):
+    """What checkpoints of equal runs have in common: all but the settings, and when the runs took place."""
+    position = {key: value for key, value in checkpoint["dataloader"].items() if key not in
+                ("stamp", "seconds")}
+    return {**checkpoint, "dataloader": position, "train_config": None}
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def bfloat16_that_is(fast):
+    """A machine whose bfloat16 is fast, or is not."""
+    return mock.patch.object(strategy, "has_fast_bfloat16", return_value=fast)
+
+
+def wait_for(condition, process, seconds=60):
+    """Wait until `condition()` holds; assert that the process (a Fork or a Popen) still runs."""
+    end = time.monotonic() + seconds
+    while not condition():
+        is_running = process.running() if isinstance(process, Fork) else process.poll() is None
+        assert is_running and time.monotonic() < end
+        time.sleep(0.01)
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Kill, fill and flip for minutes; the suite runs a short form of each (test_reliability.py).
 
-    python tests/soak.py                    about eight minutes
+    python tests/soak.py                    about ten minutes
     python tests/soak.py --kills 20 --flips 500
 
 A run that saves constantly is killed at random moments and continued from the newest valid checkpoint; at the
@@ -27,13 +27,14 @@ from pathlib import Path
 if __name__ == "__main__":
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("--kills", type=int, default=200)
+    cli.add_argument("--zero_kills", type=int, default=20, help="of a DeepSpeed training")
     cli.add_argument("--fills", type=int, default=100)
     cli.add_argument("--flips", type=int, default=20000)
     cli.add_argument("--seed", type=int, default=0)
     ARGS = cli.parse_args()
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from conftest import Workspace
+from conftest import Workspace, exact, forks, wait_for
 
 import checkpoint as ckpt
 import train
@@ -41,52 +42,6 @@ from config import InputError
 
 CONSTANT_SAVES = ["--eval_interval", 1, "--save_interval", 1, "--eval_iters", 1, "--lr_decay_iters", 100000,
                   "--gradient_accumulation_steps", 1, "--dropout", 0.1]
-
-# Imports torch once and forks a process for each line that it reads (a list of words, as JSON): it prints the
-# process's number, and its exit status when it has ended.
-FORK_SERVER = """
-import json, os, sys, train
-for line in sys.stdin:
-    sys.argv = json.loads(line)
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os.dup2(os.open("stderr.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-        status = 1
-        try:
-            train.run_script(train.main)
-        except SystemExit as error:
-            status = error.code or 0
-        os._exit(status)
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-
-class Trainer:
-    """Starts train.py in a workspace again and again, without importing torch each time."""
-
-    def __init__(self, workspace):
-        env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        self.server = subprocess.Popen([sys.executable, "-c", FORK_SERVER], cwd=workspace.path, text=True,
-                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
-
-    def start(self, *words):
-        """Begin a run; returns its process number."""
-        self.server.stdin.write(json.dumps(["train.py", *map(str, words)]) + "\n")
-        self.server.stdin.flush()
-        return int(self.server.stdout.readline())
-
-    def status(self):
-        """Wait for the run; its exit status (-9 if it was killed)."""
-        return int(self.server.stdout.readline())
-
-    def close(self):
-        self.server.stdin.close()
-        self.server.wait()
-        self.server.stdout.close()
-
 
 def check_files(folder):
     """Load every checkpoint of a folder (an InputError means that one was lost); the newest one's step."""
@@ -99,18 +54,21 @@ def kill_and_continue(workspace, kills, rng, progress=lambda n: None):
     Returns counts: kills, those in the middle of a save, steps reached, checkpoints read. Raises
     AssertionError or InputError if anything was lost."""
     folder = workspace.path / "checkpoint"
-    trainer = Trainer(workspace)
+    def start(*words):
+        (workspace.path / "stderr.txt").unlink(missing_ok=True)
+        return forks().start(workspace.path, ["train.py", *words], stderr="stderr.txt")
+
     found = {"kills": 0, "in_a_save": 0, "steps": 0, "checkpoints_read": 0}
     for n in range(kills):
-        start = ["--from_checkpoint", "latest"] if found["steps"] else []
+        where = ["--from_checkpoint", "latest"] if found["steps"] else []
         known = set(folder.glob("pretrain_2*.pt"))
-        pid = trainer.start(*CONSTANT_SAVES, "--max_steps", 0, *start)
+        run = start(*CONSTANT_SAVES, "--max_steps", 0, *where)
         deadline = time.monotonic() + 60
         while not set(folder.glob("pretrain_2*.pt")) - known and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.3))
-        os.kill(pid, signal.SIGKILL)
-        status = trainer.status()
+        run.send_signal(signal.SIGKILL)
+        status = run.wait()
         assert status == -signal.SIGKILL, (status, (workspace.path / "stderr.txt").read_text())
         step = check_files(folder)
         assert step >= found["steps"], f"went back from step {found['steps']} to {step}"
@@ -123,18 +81,51 @@ def kill_and_continue(workspace, kills, rng, progress=lambda n: None):
             path.unlink()
         progress(n + 1)
     last = ["--max_steps", found["steps"] + 3]
-    trainer.start(*CONSTANT_SAVES, *last, "--from_checkpoint", "latest")
-    assert trainer.status() == 0, (workspace.path / "stderr.txt").read_text()
+    continued = start(*CONSTANT_SAVES, *last, "--from_checkpoint", "latest")
+    assert continued.wait() == 0, (workspace.path / "stderr.txt").read_text()
     continued = workspace.load("pretrain_last.pt")
     for path in folder.iterdir():
         path.unlink()
-    trainer.start(*CONSTANT_SAVES, *last, "--save_interval", 10**9)
-    assert trainer.status() == 0
+    assert start(*CONSTANT_SAVES, *last, "--save_interval", 10**9).wait() == 0
     untouched = workspace.load("pretrain_last.pt")
-    trainer.close()
-    continued["train_config"] = untouched["train_config"]  # other flags, on purpose
-    different = train.differences(continued, untouched, "checkpoint")
+    different = train.differences(exact(continued), exact(untouched), "checkpoint")
     assert not different, different[:5]
+    return found
+
+
+def kill_deepspeed_and_continue(workspace, kills, rng, progress=lambda n: None):
+    """Kill both processes of a ZeRO training -9 in the middle of a save, `kills` times, continuing it each
+    time; then let it end. Returns counts. Raises AssertionError or InputError if anything was lost."""
+    folder = workspace.path / "checkpoint" / "ds"
+    words = ["train_deepspeed.py", *CONSTANT_SAVES, "--gradient_accumulation_steps", 2]
+    found = {"kills": 0, "in_a_save": 0, "steps": 0}
+
+    def start(max_steps):
+        where = ["--from_checkpoint", "latest"] if found["steps"] else []
+        (workspace.path / "output.txt").unlink(missing_ok=True)
+        return workspace.start_ranks(2, *words, "--max_steps", max_steps, *where, server=forks("deepspeed"))
+
+    for n in range(kills):
+        known = set(folder.glob("*_step_*[0-9]"))
+        ranks = start(0)
+        wait_for(lambda: len(set(folder.glob("*_step_*[0-9]")) - known) > 1, ranks[0])  # noqa: B023
+        wait_for(lambda: list(folder.glob("*_step_*.tmp")), ranks[0])
+        time.sleep(rng.uniform(0, 0.02))
+        for rank in ranks:
+            rank.send_signal(signal.SIGKILL)
+        assert [rank.wait() for rank in ranks] == [-signal.SIGKILL] * 2
+        found["kills"] = n + 1
+        found["in_a_save"] += bool(list(folder.glob("*_step_*.tmp")))
+        step = ckpt.load(folder)["step"]
+        assert step > found["steps"], f"went back from step {found['steps']} to {step}"
+        for path in folder.glob("*_step_*[0-9]"):  # each can be put together
+            assert path.is_symlink() or ckpt.load(path)["step"] <= step + 1
+        found["steps"] = step
+        progress(n + 1)
+    ranks = start(found["steps"] + 2)
+    assert [rank.wait() for rank in ranks] == [0, 0], workspace.output()
+    assert f"(step {found['steps']})" in workspace.output()
+    assert ckpt.load(folder)["step"] == found["steps"] + 2 and not list(folder.glob("*.tmp"))
     return found
 
 
@@ -230,7 +221,7 @@ def main():
     rng = random.Random(ARGS.seed)
     began = time.monotonic()
     table, result = [], {"machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}"}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as zero_folder:
         workspace = Workspace(folder)
         found = kill_and_continue(workspace, ARGS.kills, rng,
                                   lambda n: print(f"\rkills: {n}", end="", file=sys.stderr, flush=True))
@@ -238,6 +229,13 @@ def main():
         result.update(found)
         table.append(("kill -9 at a random moment", f"{found['kills']} ({found['in_a_save']} in a save)",
                       f"nothing; equal to an untouched run of {found['steps'] + 3} steps, bit for bit"))
+        zero = kill_deepspeed_and_continue(
+            Workspace(zero_folder), ARGS.zero_kills, rng,
+            lambda n: print(f"\rkills under DeepSpeed: {n}", end="", file=sys.stderr, flush=True))
+        print(file=sys.stderr)
+        result["deepspeed"] = zero
+        table.append(("kill -9 in the middle of a ZeRO save", f"{zero['kills']} ({zero['in_a_save']} in a save)",
+                      "nothing; the run continued from the last whole one"))
         whole, scratch = workspace.path / "checkpoint" / "pretrain_last.pt", Path(folder) / "scratch.pt"
         small = Path(folder) / "small"
         small.mkdir()

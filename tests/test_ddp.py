@@ -1,15 +1,13 @@
 """Two real processes under torchrun: they train as one does, and end together, well or badly."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
-from conftest import Workspace
+from conftest import Workspace, bfloat16_that_is, exact, wait_for
 
 from metrics import parse_log
 
@@ -19,7 +17,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "
 MANY = """
 import glob, itertools, json, sys
 import torch.distributed as dist
-import train_ddp
+import strategy, train_ddp
 number = itertools.count()
 
 class DataParallel(train_ddp.DataParallel):
@@ -29,6 +27,7 @@ class DataParallel(train_ddp.DataParallel):
 
 def main():
     train_ddp.DataParallel = DataParallel
+    strategy.has_fast_bfloat16 = lambda device: False  # which Muon would use: its rounding hides differences
     runs = json.loads(sys.argv[1])
     for words in runs:
         sys.argv[1:] = [path for word in words for path in (glob.glob(word) if "*" in word else [word])]
@@ -63,21 +62,6 @@ def two(tmp_path_factory):
     return workspace
 
 
-def wait_for(condition, process, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
-        time.sleep(0.02)
-
-
-def running(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as f:
-            return f.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 def last_of(workspace, number):
     """The final checkpoint of the run that wrote the log of this number."""
     stamp = workspace.logs[number].stem.removeprefix("train_")
@@ -88,7 +72,8 @@ def last_of(workspace, number):
                                                (3, ["-t", "sft", "--from_checkpoint", ""])])
 def test_two_processes_train_as_one_with_twice_the_accumulation(two, tmp_path, number, words):
     one = Workspace(tmp_path)
-    result = one.train(*words, "--gradient_accumulation_steps", "4")
+    with bfloat16_that_is(fast=False):
+        result = one.train(*words, "--gradient_accumulation_steps", "4")
     ours, theirs = parse_log(one.path / result["log"]), parse_log(two.logs[number])
     for one_process, two_processes in zip(ours, theirs, strict=True):  # training lines, validation lines
         for a, b in zip(one_process, two_processes, strict=True):
@@ -100,7 +85,8 @@ def test_two_processes_train_as_one_with_twice_the_accumulation(two, tmp_path, n
 
 
 def test_resuming_with_as_many_processes_is_bit_for_bit(two):
-    straight, continued = last_of(two, 1), last_of(two, 2)
+    straight = exact(last_of(two, 1))
+    continued = exact(last_of(two, 2))
     assert len(continued["rng"]) == 2 and not torch.equal(*[rng["cpu"] for rng in continued["rng"]])
     for key in ("model", "rng", "dataloader", "step"):
         same(straight[key], continued[key])
@@ -139,33 +125,28 @@ def test_a_checkpoint_of_one_process_continues_in_two_and_sigterm_saves(workspac
 
 
 def test_accumulation_that_does_not_divide_is_one_clear_line(workspace):
-    result = workspace.run(*TORCHRUN, "train_ddp.py", "--gradient_accumulation_steps", "3", status=1)
-    said = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    first, second = workspace.start_ranks(2, "train_ddp.py", "--gradient_accumulation_steps", "3")
+    assert first.wait() == 2
+    second.send_signal(signal.SIGTERM)  # as the launcher does
+    second.wait()
+    said = [line for line in workspace.output().splitlines() if line.startswith("error:")]
     assert said == ["error: gradient_accumulation_steps 3 is for all processes together and must be a "
                     "multiple of their number, 2"]
-    assert "terminate called" not in result.stderr and not list(workspace.path.glob("train_2*.log"))
+    assert "terminate called" not in workspace.output() and not list(workspace.path.glob("train_2*.log"))
 
 
 def test_without_torchrun_the_command_is_told(workspace):
-    result = workspace.run("train_ddp.py", status=2)
-    assert "torch.distributed.run" in result.stderr
+    assert "torch.distributed.run" in workspace.run("train_ddp.py", status=2).stderr
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_process_that_dies_or_hangs_ends_the_run(workspace, signum):
-    launch = subprocess.Popen(
-        [sys.executable, *TORCHRUN, "train_ddp.py", "--max_steps", "100000", "--eval_interval", "100000",
-         "--timeout_minutes", "0.05"],
-        cwd=workspace.path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    first, second = workspace.start_ranks(2, "train_ddp.py", "--max_steps", "100000", "--eval_interval",
+                                          "100000", "--timeout_minutes", "0.05")
     logs = lambda: list(workspace.path.glob("train_2*.log"))  # noqa: E731
-    wait_for(lambda: logs() and len(parse_log(logs()[0])[0]) > 2, launch)
-    with open(f"/proc/{launch.pid}/task/{launch.pid}/children") as f:
-        ranks = [int(pid) for pid in f.read().split()]
-    os.kill(ranks[1], signum)
-    if signum == signal.SIGSTOP:  # torchrun would wait 30 s for it to answer SIGTERM, then kill it
-        wait_for(lambda: not running(ranks[0]), launch)
-        os.kill(ranks[1], signal.SIGCONT)
-    output = launch.communicate(timeout=60)[0]
-    assert launch.returncode != 0
-    assert "error: rank 0: another process has ended or does not answer" in output
-    assert not running(ranks[0]) and not running(ranks[1])
+    wait_for(lambda: logs() and len(parse_log(logs()[0])[0]) > 2, first)
+    second.send_signal(signum)
+    assert first.wait(60) == 1
+    assert "error: rank 0: another process has ended or does not answer" in workspace.output()
+    second.send_signal(signal.SIGKILL)
+    second.wait()

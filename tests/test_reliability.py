@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from unittest import mock
@@ -11,14 +12,13 @@ import numpy as np
 import pytest
 import soak
 import torch
-from conftest import Workspace
+from conftest import Workspace, forks
 
 import checkpoint as ckpt
 import inference
 import plot_loss
 import train
-from config import InputError
-from metrics import Log, parse_log
+from metrics import parse_log
 
 # ---- Kills and full disks ----
 
@@ -53,13 +53,6 @@ def test_a_file_limit_stops_training_with_one_line(workspace):
         message = workspace.refused_training("--max_steps", 4)
     assert "could not be saved (File too large)" in message
     assert {path.name: path.read_bytes() for path in workspace.path.glob("checkpoint/*")} == before
-
-
-def test_a_log_that_cannot_grow_is_one_line(tmp_path):
-    with Log(tmp_path) as log, soak.largest_file(20):
-        log.write("short")
-        with pytest.raises(InputError, match=f"{log.name}: cannot be written"):
-            log.write("a line that is longer than that")
 
 
 def test_a_folder_that_cannot_be_written_is_named_before_a_step_is_spent(workspace):
@@ -158,8 +151,9 @@ def test_skipped_steps_are_still_counted_after_a_resume(workspace):
     with broken_at(1, lambda loss: loss * float("nan")):
         workspace.train("--skip_nonfinite", 1, "--lr_decay_iters", 10)
     with broken_at(1, lambda loss: loss * float("nan")):
-        assert "step 7: loss nan" in workspace.refused_training("--skip_nonfinite", 1, "--from_checkpoint", "latest", "--max_steps", 9,
-            "--lr_decay_iters", 10)
+        line = workspace.refused_training("--skip_nonfinite", 1, "--from_checkpoint", "latest", "--max_steps",
+                                          9, "--lr_decay_iters", 10)
+        assert "step 7: loss nan" in line
 
 
 POISON = """
@@ -173,11 +167,18 @@ train_ddp.run_rank(train_ddp.main)
 
 def test_a_bad_number_on_one_rank_stops_all_of_them_before_the_step(workspace):
     (workspace.path / "poison.py").write_text(POISON)
-    result = workspace.run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "poison.py",
-                           status=1)
-    assert result.stderr.count("error: step 0: loss nan") == 1
+    end_with_the_first(workspace.start_ranks(2, "poison.py"))
+    assert workspace.output().count("error: step 0: loss nan") == 1
     assert sorted(path.name for path in workspace.path.glob("checkpoint/*")) == \
         ["nonfinite_step_0_rank_0.npz", "nonfinite_step_0_rank_1.npz"]
+
+
+def end_with_the_first(ranks):
+    """Wait for the first process, which must end with status 2; end the others then, as a launcher does."""
+    assert ranks[0].wait() == 2
+    for rank in ranks[1:]:
+        rank.send_signal(signal.SIGTERM)
+        rank.wait()
 
 
 POISONED_GRADIENT = """
@@ -210,10 +211,9 @@ train_deepspeed.run_rank(main)
                                   {"stage": 3, "stage3_param_persistence_threshold": 0}], ids=["0", "2", "3"])
 def test_a_bad_gradient_on_one_rank_stops_deepspeed_before_the_step(workspace, zero):
     (workspace.path / "poison.py").write_text(POISONED_GRADIENT)
-    result = workspace.run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "poison.py",
-                           json.dumps(zero), status=1)
-    assert result.stderr.count("gradient norm nan; no step taken") == 1, result.stderr
-    assert "a step was taken" not in result.stdout
+    end_with_the_first(workspace.start_ranks(2, "poison.py", json.dumps(zero), server=forks("deepspeed")))
+    assert workspace.output().count("gradient norm nan; no step taken") == 1
+    assert "a step was taken" not in workspace.output()
     assert sorted(path.name for path in workspace.path.glob("checkpoint/*")) == \
         ["nonfinite_step_0_rank_0.npz", "nonfinite_step_0_rank_1.npz"]
 
@@ -243,32 +243,41 @@ MEASURE = "import data; data.main(); " \
           "print(*(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
 
 
+def prepared_in(workspace, kind, start, end, megabytes):
+    """data.py for a file that is a line of so many megabytes between `start` and `end`.
+
+    Returns its CompletedProcess and its peak memory in megabytes."""
+    piece = "无线电 abc " * 1024
+    path = workspace.path / f"{megabytes}.{kind}"
+    with open(path, "w", encoding="utf-8") as f:
+        f.write(start)
+        for _ in range(megabytes * 2**20 // len(piece.encode())):
+            f.write(piece)
+        f.write(end)
+    result = workspace.run("-c", MEASURE, f"--{kind}", path, "--out", workspace.path / "dataset")
+    return result, int(result.stdout.splitlines()[-1]) / 1024
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_single_line_of_200_mb_is_prepared_in_little_memory(workspace):
-    line = "无线电 abc " * 1024
-    with open(workspace.path / "long.txt", "w", encoding="utf-8") as f:
-        for _ in range(200 * 2**20 // len(line.encode())):
-            f.write(line)
-    result = workspace.run("-c", MEASURE, "--pretrain", "long.txt", "--out", workspace.path / "dataset")
-    assert int(result.stdout.splitlines()[-1]) < 400 * 1024  # kilobytes
+def test_the_memory_to_prepare_a_text_does_not_grow_with_its_only_line(workspace):
+    _, small = prepared_in(workspace, "pretrain", "", "", 4)
+    _, large = prepared_in(workspace, "pretrain", "", "", 36)
+    assert large - small < 16
     ids = np.load(workspace.path / "dataset" / "pretrain_train.npy", mmap_mode="r")
-    assert len(ids) > 0.9 * 200 * 2**20 / len(line.encode()) * len(line)
+    assert len(ids) > 0.9 * 36 * 2**20 / 14 * 8  # 8 characters are 14 bytes
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_row_of_200_mb_is_named_and_never_read_into_memory(workspace):
-    row, good = "无线电 abc " * 1024, [json.dumps({"question": f"q{i}", "answer": "a"}) for i in range(20)]
-    with open(workspace.path / "long.jsonl", "w", encoding="utf-8") as f:
-        f.write('{"question": "q", "answer": "')
-        for _ in range(200 * 2**20 // len(row.encode())):
-            f.write(row)
-        f.write('"}\n' + "\n".join(good))
-    result = workspace.run("-c", MEASURE, "--sft", "long.jsonl", "--out", workspace.path / "dataset")
-    assert "long.jsonl, line 1: longer than 16 MB; skipped" in result.stderr
-    assert int(result.stdout.splitlines()[-1]) < 250 * 1024  # kilobytes
+def test_a_row_too_long_is_named_and_never_read_into_memory(workspace):
+    good = "\n".join(json.dumps({"question": f"q{i}", "answer": "a"}) for i in range(20))
+    row = '{"question": "q", "answer": "', '"}\n' + good
+    _, small = prepared_in(workspace, "sft", *row, 34)
+    result, large = prepared_in(workspace, "sft", *row, 82)
+    assert "82.sft, line 1: longer than 16 MB; skipped" in result.stderr
+    assert large - small < 16
     numbers = json.loads(result.stdout.splitlines()[-2])["sft"]
     assert numbers["training"]["rows"] + numbers["validation"]["rows"] == 20
-    assert "longer than 16 MB" in workspace.run("data.py", "--sft", "long.jsonl", "--strict", "--out",
+    assert "longer than 16 MB" in workspace.run("data.py", "--sft", "34.sft", "--strict", "--out",
                                                 workspace.path / "dataset", status=2).stderr
 
 
@@ -276,7 +285,7 @@ def test_a_row_of_200_mb_is_named_and_never_read_into_memory(workspace):
     (["--batch_size", 5000], "pretrain_train.npy: 199 rows are fewer than batch_size 5000; lower batch_size"),
     (["--dataset_path", "[]"], "dataset_path is not set"),
     (["--dataset_path", '[["dataset/gone.npy", "dataset/pretrain_val.npy"]]'], "gone.npy: no such file"),
-    (["--dataset_path", '[["gone/a.npy", "gone/b.npy"]]'], "gone/tokenizer.json: no such file"),
+    (["--dataset_path", '[["gone/a.npy", "gone/b.npy"]]'], "gone/a.npy: no such file; run python data.py"),
     (["--dataset_path", '[["dataset/sft_train.npy", "dataset/sft_val.npy"]]'], "(-t)"),
     (["-t", "sft"], "pretrain_best.pt: no such file"),
     (["--from_checkpoint", "dataset/tokenizer.json"], "tokenizer.json: not a checkpoint"),
@@ -299,6 +308,11 @@ def test_a_bad_tokenizer_file_is_named(workspace, content, message):
     path.write_text(content)
     error = workspace.refused_training()
     assert f"{path}" in error and message in error
+
+
+def test_data_without_a_tokenizer_beside_it_is_named(workspace):
+    (workspace.path / "dataset" / "tokenizer.json").unlink()
+    assert "dataset/tokenizer.json: no such file" in workspace.refused_training()
 
 
 def test_a_vocabulary_smaller_than_the_datas_ids_is_named(workspace):

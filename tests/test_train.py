@@ -6,14 +6,13 @@ import math
 import os
 import platform
 import signal
-import subprocess
-import sys
 import time
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from conftest import Workspace, bfloat16_that_is, exact, forks
 
 import device
 import strategy
@@ -82,7 +81,6 @@ def trained_on(workspace, model, batches, **settings):
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
     """One workspace for the tests that only read it or write runs of their own."""
-    from conftest import Workspace
     return Workspace(tmp_path_factory.mktemp("workspace"))
 
 
@@ -187,7 +185,8 @@ def test_dataset_path_is_a_curriculum_in_order(workspace):
 def test_device_cuda_without_cuda_is_one_line(shared):
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
-    assert 'device "cuda": this machine or this torch has no CUDA' in shared.refused_training("--device", "cuda")
+    line = shared.refused_training("--device", "cuda")
+    assert 'device "cuda": this machine or this torch has no CUDA' in line
 
 
 def test_an_unknown_device_is_one_line(shared):
@@ -211,11 +210,6 @@ def test_a_dtype_that_the_device_lacks_falls_back_with_one_line(shared, capsys, 
         shared.train("--dtype", dtype)
     assert [line for line in capsys.readouterr().out.splitlines() if "dtype" in line] == \
         [f"dtype: {expected} is used" + (" on this cpu" if dtype == "float16" else "")]
-
-
-def bfloat16_that_is(fast):
-    """A machine whose bfloat16 is fast, or is not."""
-    return mock.patch.object(strategy, "has_fast_bfloat16", return_value=fast)
 
 
 def process_for(**values):
@@ -348,13 +342,6 @@ def test_max_minutes_stops_and_saves(workspace):
 
 
 # ---- Continuing ----
-
-def exact(checkpoint):
-    """What two checkpoints of equal runs have in common: all but the settings, and when the runs took place."""
-    position = {key: value for key, value in checkpoint["dataloader"].items() if key not in
-                ("stamp", "seconds")}
-    return {**checkpoint, "dataloader": position, "train_config": None}
-
 
 def what_was_logged(workspace, *results):
     """Steps, losses and rates, as the logs of one or several runs that continue each other tell them."""
@@ -492,23 +479,12 @@ def test_data_of_another_vocabulary_is_named(workspace):
 ENDLESS = ["--max_steps", "0", "--lr_decay_iters", "10"]
 
 
-def started(workspace, *command):
-    """A process that trains: it is returned when it has taken its first step."""
-    process = subprocess.Popen([sys.executable, *command], cwd=workspace.path, text=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
-    while not any("Loss: " in log.read_text() for log in workspace.path.glob("train_*.log")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    return process
-
-
 @pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_finishes_the_step_saves_and_ends_with_its_status(workspace, signum, status):
-    process = started(workspace, "train.py", *ENDLESS)
+    process = workspace.start("train.py", *ENDLESS, stderr="stderr.txt")
     process.send_signal(signum)
-    _, stderr = process.communicate(timeout=30)
-    assert process.returncode == status
+    assert process.wait(30) == status
+    stderr = (workspace.path / "stderr.txt").read_text()
     assert "Traceback" not in stderr and "finishing this step" in stderr
     saved = workspace.load("pretrain_last.pt")
     (log,) = workspace.path.glob("train_*.log")
@@ -517,21 +493,20 @@ def test_a_signal_finishes_the_step_saves_and_ends_with_its_status(workspace, si
 
 def test_a_second_signal_ends_the_process_at_once(workspace):
     """The first is being obeyed when the second comes: here the save that it asks for never ends."""
-    slow = "import time, train; train.ckpt.save = lambda *_: time.sleep(600); train.run_script(train.main)"
-    process = started(workspace, "-c", slow, *ENDLESS, "--eval_interval", "100000")
+    (workspace.path / "slow.py").write_text(
+        "import time, train; train.ckpt.save = lambda *_: time.sleep(600); train.run_script(train.main)")
+    process = workspace.start("slow.py", *ENDLESS, "--eval_interval", "100000")
     process.send_signal(signal.SIGTERM)
     time.sleep(1.5)
-    assert process.poll() is None
+    assert process.running()
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=10)
-    assert process.returncode == 130
+    assert process.wait(10) == 130
 
 
 def test_two_runs_in_one_folder_keep_apart(workspace):
     """Started in the same moment: each has its own log and its own checkpoints."""
-    runs = [subprocess.Popen([sys.executable, "train.py", "--random_seed", str(seed)], cwd=workspace.path,
-                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for seed in (1, 2)]
-    assert [run.wait(timeout=120) for run in runs] == [0, 0]
+    runs = [forks().start(workspace.path, ["train.py", "--random_seed", seed]) for seed in (1, 2)]
+    assert [run.wait() for run in runs] == [0, 0]
     assert len(list(workspace.path.glob("train_*.log"))) == 2
     dated = sorted(workspace.path.glob("checkpoint/pretrain_2*_last.pt"))
     seeds = {workspace.load(path.name)["train_config"]["random_seed"] for path in dated}
