@@ -85,8 +85,10 @@ from train import accumulate_gradients
 
 # Fitted by studies.scaling to 256-token windows of these texts with SHAPE and RECIPE (docs/scaling.md).
 LAWS = {
-    "Tiny Shakespeare": {"vocab_size": 71, "E": 0.978, "A": 4.73, "B": 52.3, "alpha": 0.244, "beta": 0.368},
-    "amateur radio": {"vocab_size": 2096, "E": 2.02, "A": 1610.0, "B": 346.0, "alpha": 0.687, "beta": 0.443},
+    "Tiny Shakespeare": {"vocab_size": 71, "E": 0.761, "A": 11.66, "B": 147.4, "alpha": 0.2624,
+                         "beta": 0.4244},
+    "amateur radio": {"vocab_size": 2096, "E": 0.0743, "A": 403.5, "B": 20.27, "alpha": 0.5246,
+                      "beta": 0.1464},
 }
 REPEATS = 15.4  # a token that is read again is worth less and less (Muennighoff et al. 2023, R*_D)
 MEMORISING = 3  # parameters per training token; larger models learn the text by heart, which no law foresees
