@@ -7,7 +7,7 @@ and answers. Two experiments:
 
     OUT/learnt/         ham_radio as it is, and every question of the bank with its right answer
     OUT/understands/    a fifth of the bank is held out: text, pairs and questions that hold one of its
-                        questions (scoring/scoring/contamination.py says what counts) are removed, as are pairs that
+                        questions (scoring/contamination.py says what counts) are removed, as are pairs that
                         give a right answer of it word for word
     OUT/held_out.csv    that fifth, to score `understands` with. Questions that are near copies of each other
                         are held out together, or not at all
