@@ -17,16 +17,7 @@ import sys
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Literal, get_args, get_origin, get_type_hints
 
-from script import (  # noqa: F401
-    InputError,
-    atomic_write,
-    before_imports,
-    guarded_output,
-    note,
-    print_json,
-    run_script,
-    sync_folder,
-)
+from script import InputError, note
 
 IGNORE = -1  # a target that carries no loss
 ROOT = os.path.dirname(os.path.abspath(__file__))

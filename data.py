@@ -32,12 +32,13 @@ import tempfile
 import time
 from collections import Counter
 
-from config import ROOT, InputError, ModelConfig, Parser, guarded_output, load_config, print_json, run_script
+from config import ROOT, ModelConfig, Parser, load_config
 from corpus.inputs import DOCUMENTS, ROWS, open_inputs, progress
 from corpus.rows import prepare_rows
 from corpus.split import SIDES, renumber
 from corpus.text import prepare_text
 from dataloader import fingerprint_path, write_fingerprint
+from script import InputError, guarded_output, print_json, run_script
 from tokenizer import GrowingTokenizer, Tokenizer
 
 PREPARED = re.compile(r"(?:pretrain(?:_\d+)?|sft)_(?:train|val)\.npy")

@@ -15,7 +15,8 @@ import os
 
 import numpy as np
 
-from config import IGNORE, InputError, atomic_write, read_json
+from config import IGNORE, read_json
+from script import InputError, atomic_write
 
 # What numpy raises for a file with a damaged header.
 NOT_AN_ARRAY = (ValueError, EOFError, SyntaxError, TypeError, OverflowError)

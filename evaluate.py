@@ -13,8 +13,9 @@ The last line on standard output is one JSON object with every score.
 import math
 import sys
 
-from config import IGNORE, InputError, Parser, before_imports, note, print_json, run_script
+from config import IGNORE, Parser
 from cpu import native
+from script import InputError, before_imports, note, print_json, run_script
 
 
 def command_line():

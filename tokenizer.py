@@ -19,7 +19,8 @@ from collections import Counter
 
 import numpy as np
 
-from config import InputError, atomic_write, read_json
+from config import read_json
+from script import InputError, atomic_write
 
 SPECIAL_TOKENS = ["<|Padding|>", "<|unknown|>", "<|bos|>", "<|eos|>", "<|InstructMark|>", "<|ResponseMark|>"]
 CODE_POINTS = 0x110000

@@ -16,7 +16,7 @@ import codecs
 import json
 import re
 
-from config import InputError
+from script import InputError
 
 LONGEST_ROW = 1 << 24  # bytes of a row: a longer one is a mistake, and is not read into memory
 ARRAY_BLOCK = 1 << 20  # characters of a JSON array that are read at once

@@ -22,8 +22,8 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
-from config import InputError
 from corpus.forms import WANTED, form_of
+from script import InputError
 
 try:
     import lzma

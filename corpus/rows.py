@@ -5,10 +5,10 @@ from itertools import islice
 
 import numpy as np
 
-from config import InputError
 from corpus.forms import WANTED, form_of, read_rows, turns_of
 from corpus.inputs import HEAD, ROWS, not_utf8, open_inputs, progress
 from corpus.split import Counts, sides_of_texts, validation_buckets, write_split
+from script import InputError
 from tokenizer import encode_conversation
 
 ROWS_AT_ONCE = 1000

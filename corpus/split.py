@@ -8,7 +8,7 @@ from zlib import crc32
 
 import numpy as np
 
-from config import InputError
+from script import InputError
 
 SIDES = ("training", "validation")
 BUCKETS = 1 << 16  # texts are sorted into buckets; a bucket is for training or for validation

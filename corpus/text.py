@@ -4,10 +4,10 @@ import codecs
 import random
 import re
 
-from config import InputError
 from corpus.forms import read_rows
 from corpus.inputs import DOCUMENTS, not_utf8, progress
 from corpus.split import Counts, sides_of_texts, validation_buckets, write_split, write_tail_split
+from script import InputError
 
 CHUNK_BYTES = 1 << 21  # read at once; small enough for the arrays made of it to stay in the cache
 LONGEST_DOCUMENT = 1 << 20  # characters; the parts of a longer one are treated as documents

@@ -26,7 +26,8 @@ from dataclasses import dataclass
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # for config.py
 
-from config import InputError, Parser, atomic_write, run_script
+from config import Parser
+from script import InputError, atomic_write, run_script
 
 TEXT_BYTES = 1_700_000  # the length of the pretraining text, to within one document
 ENGLISH_SHARE = 0.12  # of the documents

@@ -6,8 +6,8 @@
 
 import numpy as np
 
-from config import InputError
 from problems.task import DIGITS, Task
+from script import InputError
 
 
 def generate(rng, n, settings):

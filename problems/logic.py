@@ -6,8 +6,8 @@
 import random
 import re
 
-from config import InputError
 from problems.task import Task
+from script import InputError
 
 
 def generate(rng, n, settings):

@@ -7,8 +7,8 @@ import re
 
 import numpy as np
 
-from config import InputError
 from problems.task import DIGITS, Task
+from script import InputError
 
 LOOPS = {"0": 1, "6": 1, "8": 2, "9": 1}
 

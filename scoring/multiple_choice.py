@@ -24,8 +24,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from config import InputError
 from scoring.likelihood import fit_prompt, letter_logits, log_likelihoods
+from script import InputError
 from tokenizer import join_ids
 
 LETTERS = "ABCD"

@@ -25,7 +25,8 @@ import os
 import random
 from collections import Counter
 
-from config import InputError, Parser, atomic_write, before_imports, print_json, run_script
+from config import Parser
+from script import InputError, atomic_write, before_imports, print_json, run_script
 
 
 def command_line():

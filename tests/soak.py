@@ -38,7 +38,7 @@ from conftest import Workspace, exact, forks, wait_for
 
 import checkpoint as ckpt
 import train
-from config import InputError
+from script import InputError
 
 CONSTANT_SAVES = ["--eval_interval", 1, "--save_interval", 1, "--eval_iters", 1, "--lr_decay_iters", 100000,
                   "--gradient_accumulation_steps", 1, "--dropout", 0.1]

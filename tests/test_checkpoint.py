@@ -21,9 +21,9 @@ from conftest import REPO, Workspace
 import checkpoint as ckpt
 import inference
 import train
-from config import InputError
 from generate import generate
 from run import Run
+from script import InputError
 
 FIXTURES = Path(__file__).parent / "fixtures"
 REFERENCE = ["reference_rope.pt", "reference_learned.pt"]

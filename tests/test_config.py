@@ -9,19 +9,8 @@ from conftest import REPO
 from hypothesis import given
 from hypothesis import strategies as st
 
-from config import (
-    InputError,
-    ModelConfig,
-    Parser,
-    TrainConfig,
-    before_imports,
-    from_dict,
-    load_config,
-    nearest,
-    note,
-    read_json,
-    run_script,
-)
+from config import ModelConfig, Parser, TrainConfig, from_dict, load_config, nearest, read_json
+from script import InputError, before_imports, note, run_script
 
 
 @pytest.fixture

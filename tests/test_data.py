@@ -9,12 +9,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import data
-from config import InputError
 from corpus import forms as data_json
 from corpus import text as data_text
 from corpus.forms import parse_row
 from corpus.inputs import TEXT, Source
 from corpus.split import Counts, NpyWriter
+from script import InputError
 from tokenizer import SPECIAL_TOKENS, Tokenizer
 
 DOCUMENTS = [f"<|bos|>Document {n}: {'abcdefgh' * (n % 7 + 1)}。第{n}篇。<|eos|>\n" for n in range(200)]

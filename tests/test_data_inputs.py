@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 
 import data
-from config import InputError
 from corpus import forms as data_json
 from corpus.inputs import likely_encoding
 from corpus.rows import load_conversations
 from dataloader import check_vocabulary
+from script import InputError
 from tokenizer import Tokenizer
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures" / "data"

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from config import IGNORE, InputError
+from config import IGNORE
 from dataloader import (
     DataLoader,
     InstructionRows,
@@ -17,6 +17,7 @@ from dataloader import (
     open_array,
     write_fingerprint,
 )
+from script import InputError
 from tokenizer import Tokenizer
 
 BLOCK = 8

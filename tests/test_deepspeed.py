@@ -18,8 +18,9 @@ from conftest import Workspace, exact, forks, free_port, wait_for
 import checkpoint as ckpt
 import inference
 import train
-from config import InputError, TrainConfig
+from config import TrainConfig
 from metrics import parse_log
+from script import InputError
 from train_deepspeed import Zero, count_slots
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}

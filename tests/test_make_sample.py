@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from config import InputError
+from script import InputError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCRIPT = os.path.join(ROOT, "dataset", "make_sample.py")

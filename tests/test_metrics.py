@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from config import InputError
 from metrics import Log, parse_line, parse_log, train_line, val_line
+from script import InputError
 
 number = st.floats(0, 1e12)
 count = st.integers(0, 10**12)

@@ -11,9 +11,10 @@ import torch
 from conftest import REPO
 
 import problem
-from config import IGNORE, InputError
+from config import IGNORE
 from problem import TASKS, ProblemLoader, read_input, sample_inputs, score
 from problems.logic import evaluate
+from script import InputError
 from tokenizer import Tokenizer
 
 TINY = ["--n_layer", 1, "--n_head", 2, "--n_embd", 16, "--device", "cpu"]

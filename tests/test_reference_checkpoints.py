@@ -12,8 +12,8 @@ import checkpoint as ckpt
 import evaluate
 import export
 import inference
-from config import InputError
 from generate import generate
+from script import InputError
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = ["reference_llama.pt", "reference_llama_learned.pt"]

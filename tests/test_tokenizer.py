@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config import InputError
+from script import InputError
 from tokenizer import SPECIAL_TOKENS, GrowingTokenizer, Tokenizer, encode_conversation, encode_prompt
 
 TEXT = "你好，CQ CQ de BD4SUR! <|eos|> 🙂\n"
