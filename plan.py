@@ -373,11 +373,10 @@ def main(args):
     print("* not timed, but as many operations a second as the largest model that was")
     best = min(found, key=lambda candidate: candidate.loss) if args.minutes or args.tokens else found[-1]
     model, train, steps = finish(best, planner)
-    n_params = on_meta(best.model).n_params()
     seconds = best.tokens / best.tokens_per_second / 0.96 + STARTING_SECONDS
     ends = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + seconds))
     print(f"\nmodel:  {best.model.n_layer} layers, {best.model.n_embd} wide, {best.model.n_head} heads: "
-          f"{n_params:,} parameters")
+          f"{on_meta(best.model).n_params():,} parameters")
     print(f"step:   {train['gradient_accumulation_steps']} x {train['batch_size']} rows of "
           f"{best.model.block_size} tokens, learning rate {train['learning_rate']:g}, then linear to 0")
     epochs = best.tokens / text.n_tokens
@@ -389,7 +388,7 @@ def main(args):
         write(args.train_config, train)
     print("written; now run python train.py -t pretrain" if args.write else
           "add --write to put this into model_config.json and config_pretrain.json")
-    print_json({"model": model, "train": train, "parameters": n_params, "steps": steps,
+    print_json({"model": model, "train": train, "parameters": on_meta(best.model).n_params(), "steps": steps,
                 "tokens": best.tokens, "epochs": epochs, "expected_loss": best.loss,
                 "tokens_per_second": best.tokens_per_second, "memory_gb": best.memory / 1e9,
                 "minutes": seconds / 60, "ends_at": ends, "law": law, "which_law": planner.which_law,
