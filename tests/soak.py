@@ -234,7 +234,8 @@ def main():
             lambda n: print(f"\rkills under DeepSpeed: {n}", end="", file=sys.stderr, flush=True))
         print(file=sys.stderr)
         result["deepspeed"] = zero
-        table.append(("kill -9 in the middle of a ZeRO save", f"{zero['kills']} ({zero['in_a_save']} in a save)",
+        table.append(("kill -9 in the middle of a ZeRO save",
+                      f"{zero['kills']} ({zero['in_a_save']} in a save)",
                       "nothing; the run continued from the last whole one"))
         whole, scratch = workspace.path / "checkpoint" / "pretrain_last.pt", Path(folder) / "scratch.pt"
         small = Path(folder) / "small"
