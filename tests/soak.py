@@ -93,6 +93,21 @@ def kill_and_continue(workspace, kills, rng, progress=lambda n: None):
     return found
 
 
+def stop_in_a_save(ranks, folder, rng):
+    """Halt the ranks (SIGSTOP) at a random moment at which a half-written save lies in `folder`."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        wait_for(lambda: list(folder.glob("*_step_*.tmp")), ranks[0])
+        time.sleep(rng.uniform(0, 0.005))
+        for rank in ranks:
+            rank.send_signal(signal.SIGSTOP)
+        if list(folder.glob("*_step_*.tmp")):
+            return
+        for rank in ranks:
+            rank.send_signal(signal.SIGCONT)
+    raise AssertionError("no save was caught in a minute")
+
+
 def kill_deepspeed_and_continue(workspace, kills, rng, progress=lambda n: None):
     """Kill both processes of a ZeRO training -9 in the middle of a save, `kills` times, continuing it each
     time; then let it end. Returns counts. Raises AssertionError or InputError if anything was lost."""
@@ -109,8 +124,7 @@ def kill_deepspeed_and_continue(workspace, kills, rng, progress=lambda n: None):
         known = set(folder.glob("*_step_*[0-9]"))
         ranks = start(0)
         wait_for(lambda: len(set(folder.glob("*_step_*[0-9]")) - known) > 1, ranks[0])  # noqa: B023
-        wait_for(lambda: list(folder.glob("*_step_*.tmp")), ranks[0])
-        time.sleep(rng.uniform(0, 0.02))
+        stop_in_a_save(ranks, folder, rng)
         for rank in ranks:
             rank.send_signal(signal.SIGKILL)
         assert [rank.wait() for rank in ranks] == [-signal.SIGKILL] * 2

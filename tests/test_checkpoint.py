@@ -352,7 +352,8 @@ def test_our_first_format_still_loads_and_continues(workspace):
     model, tokenizer = ckpt.build_model(content, path)
     assert content["step"] == 6 and model.config.n_embd == 16
     assert tokenizer.to_dict() == content["tokenizer_config"]
-    result = workspace.train("--from_checkpoint", path, "--max_steps", 8, "--dropout", 0.1)
+    result = workspace.train("--from_checkpoint", path, "--max_steps", 8, "--dropout", 0.1,
+                             "--embedding_lr", 1)
     assert result["step"] == 8
 
 

@@ -441,7 +441,7 @@ def test_another_optimizer_than_the_checkpoints_is_named(workspace):
     assert "optimizer muon: checkpoint/pretrain_last.pt was trained with adamw" in message
     message = workspace.refused_training("--from_checkpoint", "checkpoint/pretrain_last.pt",
                                 "--optimizer", "adamw", "--embedding_lr", 2)
-    assert "embedding_lr 2.0: checkpoint/pretrain_last.pt was trained with 1.0" in message
+    assert "embedding_lr 2.0: checkpoint/pretrain_last.pt was trained with 3.0" in message
 
 
 def test_verify_resume_shows_that_a_cut_run_is_the_same(workspace, capsys):
