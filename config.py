@@ -322,11 +322,29 @@ def check_files(config, train_config, root):
         raise InputError(f"from_checkpoint {path}: no such file{what_there_is()}")
 
 
+def require_checkpoint(path):
+    """Raise InputError if there is no such file or folder, before torch is imported."""
+    if not os.path.exists(path):
+        raise InputError(f"{path}: no such file{what_there_is()}")
+
+
 def what_there_is():
     """The end of a message about a missing checkpoint: which ones there are."""
     found = glob.glob(os.path.join(glob.escape(ROOT), "checkpoint", "*.pt"))
     names = sorted(map(os.path.basename, found))
     return f"; there are {', '.join(names[:8])}" if names else "; train a model first (python train.py)"
+
+
+def check_sampling(temperature, top_k, top_p, repetition_penalty, repeat_last_n=-1):
+    """Raises InputError naming the first parameter that is out of range."""
+    for name, value, good, rule in (
+            ("temperature", temperature, 0 <= temperature < float("inf"), "0 or above"),
+            ("top_k", top_k, top_k >= 0, "0 (off) or above"),
+            ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
+            ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < float("inf"), "above 0"),
+            ("repeat_last_n", repeat_last_n, repeat_last_n >= -1, "-1 (all), 0 (off) or above")):
+        if not good:
+            raise InputError(f"{name} is {value}, but must be {rule}")
 
 
 def command_line(doc, add_flags=None, argv=None, root=ROOT):

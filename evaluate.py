@@ -13,7 +13,7 @@ The last line on standard output is one JSON object with every score.
 import math
 import sys
 
-from config import IGNORE, Parser
+from config import IGNORE, Parser, require_checkpoint
 from cpu import native
 from script import InputError, before_imports, note, print_json, run_script
 
@@ -43,6 +43,7 @@ def command_line():
         cli.error("--contamination looks for the questions of --ceval or --qa: give one of them")
     if (args.shots or args.dev) and not args.ceval:
         cli.error("--shots and --dev belong to --ceval")
+    require_checkpoint(args.model)
     return args
 
 

@@ -16,7 +16,7 @@ import os
 import shlex
 import shutil
 
-from config import Parser
+from config import Parser, require_checkpoint
 from script import InputError, before_imports, print_json, replacing, run_script, sync_folder
 
 DTYPES = {
@@ -41,6 +41,7 @@ def command_line():
     args.dtype = args.dtype or DTYPES[args.to][0]
     if args.dtype not in DTYPES[args.to]:
         cli.error(f"--dtype is {args.dtype}, but --to {args.to} takes {', '.join(DTYPES[args.to])}")
+    require_checkpoint(args.model)
     check_output(args)
     return args
 

@@ -8,6 +8,7 @@ import functools
 
 import torch
 
+from config import check_sampling
 from cpu import decode
 from generate_gpu import GraphStep, StaticKVCache
 from model import GPT, KVCache
@@ -79,18 +80,6 @@ def decoding_step(model, cache, n_steps):
     elif model.device.type == "cuda" and n_steps >= GRAPH_TOKENS and not model.training:
         return GraphStep(model, cache)
     return functools.partial(decode_one_token, model, cache=cache)
-
-
-def check_sampling(temperature, top_k, top_p, repetition_penalty, repeat_last_n=-1):
-    """Raises InputError naming the first parameter that is out of range."""
-    for name, value, good, rule in (
-            ("temperature", temperature, 0 <= temperature < float("inf"), "0 or above"),
-            ("top_k", top_k, top_k >= 0, "0 (off) or above"),
-            ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
-            ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < float("inf"), "above 0"),
-            ("repeat_last_n", repeat_last_n, repeat_last_n >= -1, "-1 (all), 0 (off) or above")):
-        if not good:
-            raise InputError(f"{name} is {value}, but must be {rule}")
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ End of input (Ctrl-D) or Ctrl-C leaves; Ctrl-C during an answer in a conversatio
 import contextlib
 import sys
 
-from config import Parser
+from config import Parser, check_sampling, require_checkpoint
 from cpu import native
 from script import InputError, before_imports, run_script
 
@@ -38,7 +38,14 @@ def command_line():
     cli.add_argument("--int8", action="store_true",
                      help="int8 weights on a CPU: faster; answers may differ a little")
     cli.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default auto)")
-    return cli.parse_args()
+    args = cli.parse_args()
+    check_sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty, args.repeat_last_n)
+    if args.max_length is not None and args.max_length < 2:
+        raise InputError(f"max_length is {args.max_length}, but must be at least 2")
+    if args.seed is not None and not 0 <= args.seed < 2**63:
+        raise InputError(f"seed is {args.seed}, but must be 0 or above and below 2**63")
+    require_checkpoint(args.model)
+    return args
 
 
 if __name__ == "__main__":
@@ -50,7 +57,7 @@ import torch
 import checkpoint as ckpt
 from cpu.int8 import quantize
 from device import pick_device, setup_device
-from generate import check_sampling, generate
+from generate import generate
 from generate_gpu import use_half_precision
 from tokenizer import encode_prompt
 
@@ -133,11 +140,6 @@ def converse(model, tokenizer, args, generator):
 
 def main():
     args = command_line()
-    check_sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty, args.repeat_last_n)
-    if args.max_length is not None and args.max_length < 2:
-        raise InputError(f"max_length is {args.max_length}, but must be at least 2")
-    if args.seed is not None and not 0 <= args.seed < 2**63:
-        raise InputError(f"seed is {args.seed}, but must be 0 or above and below 2**63")
     device = pick_device(args.device)
     setup_device(device)
     model, tokenizer = ckpt.build_model(ckpt.load(args.model), args.model)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from config import check_sampling
 from cpu.int8 import quantize
 from generate import (
-    check_sampling,
     complete,
     decode_one_token,
     generate,
