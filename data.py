@@ -33,13 +33,14 @@ import time
 from collections import Counter
 
 from config import ROOT, ModelConfig, Parser, load_config
+from corpus.fingerprint import fingerprint_path, write_fingerprint
 from corpus.inputs import DOCUMENTS, ROWS, open_inputs, progress
 from corpus.rows import prepare_rows
 from corpus.split import SIDES, renumber
 from corpus.text import prepare_text
-from dataloader import fingerprint_path, write_fingerprint
+from corpus.vocabulary import GrowingTokenizer
 from script import InputError, guarded_output, print_json, run_script
-from tokenizer import GrowingTokenizer, Tokenizer
+from tokenizer import Tokenizer
 
 PREPARED = re.compile(r"(?:pretrain(?:_\d+)?|sft)_(?:train|val)\.npy")
 WORK_FOLDER = ".data-"  # how the name of the temporary folder begins

@@ -4,19 +4,16 @@ The order is global: micro-batch number n holds the same rows for any number of 
 of `world_size` reads the numbers n with n % world_size == rank. To continue exactly, a run needs to remember
 one number: how many rows have been read.
 
-Beside each prepared file lies its fingerprint, FILE.npy.json: which vocabulary its ids belong to. It is
-copied with `cp pretrain_train.npy*`, and a file without one still works.
-
 Letters: B rows in a batch, T tokens in a row.
 """
 
-import json
 import os
 
 import numpy as np
 
-from config import IGNORE, read_json
-from script import InputError, atomic_write
+from config import IGNORE
+from corpus.fingerprint import check_vocabulary, read_fingerprint
+from script import InputError
 
 # What numpy raises for a file with a damaged header.
 NOT_AN_ARRAY = (ValueError, EOFError, SyntaxError, TypeError, OverflowError)
@@ -49,48 +46,6 @@ def what_to_run_for(path):
         return (f"data.py wrote numbered files ({numbered}, …) because --pretrain got several texts: set "
                 "dataset_path to them, or run python data.py TEXT TEXT to put all texts into one file")
     return "run python data.py first"
-
-
-def fingerprint_path(path):
-    """The file that holds the fingerprint of the prepared file `path`."""
-    return f"{path}.json"
-
-
-def write_fingerprint(path, tokenizer):
-    """Record which vocabulary a prepared file was made with. Raises InputError."""
-    content = {"vocabulary": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size,
-               "pad_id": tokenizer.pad_id, "bytes": os.path.getsize(path)}
-    with atomic_write(fingerprint_path(path), "w") as file:
-        json.dump(content, file)
-
-
-def read_fingerprint(path):
-    """What `write_fingerprint` recorded, a dict; None if there is nothing or it describes another file."""
-    if not os.path.exists(path) or not os.path.exists(fingerprint_path(path)):
-        return None
-    content = read_json(fingerprint_path(path))
-    for key, kind in (("vocabulary", str), ("pad_id", int), ("bytes", int)):
-        if not isinstance(content.get(key), kind):
-            raise InputError(f'{fingerprint_path(path)}: the key "{key}" is missing or wrong; '
-                             "run python data.py again")
-    # An array that was replaced by hand, without its fingerprint, has in general another size.
-    return content if content["bytes"] == os.path.getsize(path) else None
-
-
-def check_vocabulary(path, tokenizer):
-    """Check that the prepared file `path` was made with the vocabulary of `tokenizer`.
-
-    Returns "", or one line to print if the file has no fingerprint. Raises InputError naming the file if the
-    vocabulary is another one."""
-    content = read_fingerprint(path)
-    if content is None:
-        # The same line for all files of a folder, so that `config.note` prints it once.
-        return (f"{os.path.dirname(path) or os.curdir}: files without a fingerprint (an older data.py wrote "
-                f"none), so it is not checked whether their vocabulary is that of {tokenizer.name}")
-    if content["vocabulary"] != tokenizer.fingerprint:
-        raise InputError(f"{path}: prepared with another vocabulary than {tokenizer.name}; run python "
-                         "data.py again with all inputs together, or with --tokenizer FILE to keep one")
-    return ""
 
 
 class TextBlocks:

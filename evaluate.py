@@ -56,12 +56,13 @@ import torch
 from tqdm import tqdm
 
 import checkpoint as ckpt
+from corpus.fingerprint import check_vocabulary
 from corpus.inputs import DOCUMENTS, Source, find_files
 from corpus.rows import load_conversations
 from corpus.split import Counts
 from corpus.text import read_text
 from cpu.int8 import quantize
-from dataloader import InstructionRows, check_vocabulary, open_array
+from dataloader import InstructionRows, open_array
 from device import pick_device
 from generate import complete
 from model import batch_loss

@@ -48,7 +48,7 @@ from tokenizer import Tokenizer
 def validation_loss(model, loader, strategy, config, tokenizer, n_batches=None):
     """Loss averaged over the tokens of a fixed set of batches, the same at every call and on every rank.
 
-    n_batches: about how many (default: config.eval_iters; math.inf: all there are)."""
+    n_batches: about how many (default: config.eval_iters)."""
     model.eval()
     total = 0.0
     tokens = 0

@@ -62,7 +62,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-from dataloader import write_fingerprint
+from corpus.fingerprint import write_fingerprint
 from plan import PreparedText, learning_rate_at
 from stats import LayerStats
 from strategy import SingleProcess

@@ -17,9 +17,9 @@ import pytest
 
 import data
 from corpus import forms as data_json
+from corpus.fingerprint import check_vocabulary
 from corpus.inputs import likely_encoding
 from corpus.rows import load_conversations
-from dataloader import check_vocabulary
 from script import InputError
 from tokenizer import Tokenizer
 

@@ -7,16 +7,8 @@ import numpy as np
 import pytest
 
 from config import IGNORE
-from dataloader import (
-    DataLoader,
-    InstructionRows,
-    TextBlocks,
-    check_vocabulary,
-    evenly_spaced,
-    fingerprint_path,
-    open_array,
-    write_fingerprint,
-)
+from corpus.fingerprint import check_vocabulary, fingerprint_path, write_fingerprint
+from dataloader import DataLoader, InstructionRows, TextBlocks, evenly_spaced, open_array
 from script import InputError
 from tokenizer import Tokenizer
 

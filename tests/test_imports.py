@@ -11,8 +11,9 @@ from conftest import REPO
 LAYERS = [
     "script",
     "config",
-    "tokenizer metrics device dataloader cpu",
-    "model optimizer corpus",
+    "tokenizer metrics device cpu",
+    "corpus model optimizer",
+    "dataloader",
     "data checkpoint generate_gpu",
     "generate stats strategy scoring exports problems",
     "run inference inference_ds evaluate export plot_loss",

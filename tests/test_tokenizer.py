@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from corpus.vocabulary import GrowingTokenizer
 from script import InputError
-from tokenizer import SPECIAL_TOKENS, GrowingTokenizer, Tokenizer, encode_conversation, encode_prompt
+from tokenizer import SPECIAL_TOKENS, Tokenizer, encode_conversation, encode_prompt
 
 TEXT = "你好，CQ CQ de BD4SUR! <|eos|> 🙂\n"
 
