@@ -58,7 +58,8 @@ class TextBlocks:
         if len(self.tokens) <= block_size:
             raise InputError(f"{path}: {len(self.tokens)} tokens are fewer than block_size + 1 = "
                              f"{block_size + 1}; take more text or a smaller block_size")
-        # One row fewer than would fit, so that each epoch can cut the text at other places.
+        # One row fewer than would fit, so that each epoch can cut the text at other places: a model that
+        # sees the same windows again learns them by heart sooner.
         self.n_rows = max(1, (len(self.tokens) - block_size) // block_size)
 
     def epoch_order(self, rng, batch_size):
@@ -107,6 +108,7 @@ class InstructionRows:
         rows = rng.permutation(self.n_rows)
         n_batches = len(rows) // batch_size
         pool = self.POOL * batch_size
+        # Sort within pools, then shuffle the batches: sorting everything would show short rows first.
         rows = np.concatenate([part[np.argsort(self.lengths[part], kind="stable")]
                                for part in np.split(rows, range(pool, len(rows), pool))])
         batches = rows[: n_batches * batch_size].reshape(n_batches, batch_size)
@@ -191,6 +193,7 @@ class DataLoader:
             i -= self.batches[file]
             file += 1
         if (epoch, file) not in self.orders:
+            # Seeded by what it is for, not by what was drawn before: a continued run needs no state of it.
             rng = np.random.default_rng([self.seed, epoch, file])
             order = self.sources[file].epoch_order(rng, self.batch_size)
             self.orders = {key: rows for key, rows in self.orders.items() if key[0] == epoch}

@@ -71,11 +71,13 @@ class SingleProcess:
         accumulation = self.config.gradient_accumulation_steps // self.world_size
         self.fold = 1  # micro-batches in a pass
         if self.device.type == "cuda":
+            # A GPU needs large passes to be busy; a CPU is fastest where a pass fits into its caches.
             most = FOLDED_TOKENS // (self.config.batch_size * model.config.block_size)
             self.fold = max(n for n in range(1, accumulation + 1)
                             if accumulation % n == 0 and n <= max(1, most))
         if not self.compiles:
             return model
+        # CUDA graphs replay one pass; gradients of several, or hooks of DDP, would lie in its memory.
         one_pass = self.fold == accumulation and self.world_size == 1 and not self.config.document_mask
         return compile_model(model, self.device, one_pass)
 

@@ -86,6 +86,7 @@ def fit(model, tokenizer, loader, val_loader, config, strategy, run):
 
     model: a GPT on the strategy's device. loader, val_loader: DataLoaders or alike. run: a Run; it is opened
     here. Returns a dict: step, val_loss, best_val_loss, tokens, seconds, signal, log."""
+    # What the loop works with, and where it stands: at the beginning, or where a checkpoint was saved.
     optimizer = build_optimizer(model, config, strategy.fast_bfloat16, strategy.rank, strategy.world_size,
                                 strategy.compiles)
     trained = strategy.wrap(model, optimizer)  # compiled or distributed; `model` shares its weights
@@ -107,9 +108,10 @@ def fit(model, tokenizer, loader, val_loader, config, strategy, run):
         skipped = run.start["dataloader"].get("skipped", 0)
         before = run.start["dataloader"].get("seconds", 0.0)
         run.start = None  # its tensors are copied: free them
-    data = load_step(loader, strategy, model.config.block_size)
+    data = load_step(loader, strategy, model.config.block_size)  # always one step ahead
 
     def save(kind):
+        # The position is that before `data` was read, so that a continued run reads it again.
         strategy.save(run, kind, {
             "format": ckpt.FORMAT, "task": run.task, "step": step, "best_val_loss": best_val_loss,
             "model_config": asdict(model.config), "train_config": asdict(config),
@@ -130,15 +132,18 @@ def fit(model, tokenizer, loader, val_loader, config, strategy, run):
         if config.log_stats and run.writes:
             stats = LayerStats(model, config.log_stats, run.stats_path())
         while True:
-            # All processes leave at the same step, whichever of them was asked to.
-            elapsed = time.perf_counter() - began
+            # Stop here? All processes leave at the same step, whichever of them was asked to. The token
+            # counts travel in the same message.
+            paused = time.perf_counter()
+            elapsed = paused - began
             late = 0 < 60 * config.max_minutes < elapsed + seconds_per_step
             clock = before + elapsed if strategy.is_main else 0.0
             stopped, late, n_counted, n_read, clock = strategy.sum_over_ranks(
                 run.stop.signum > 0, late, sum(data.n_counted), data.n_read, clock)
             is_last = stopped or late or 0 < config.max_steps <= step
 
-            # A run that is cut must leave no trace when it is continued: it is not validated there.
+            # Validate and save. A run that is cut must leave no trace when it is continued, so it is not
+            # validated where it was cut.
             is_cut = stopped or (late and not follows_clock)
             if not is_cut and (step % config.eval_interval == 0 or is_last):
                 val_loss = validation_loss(strategy.validated(trained), val_loader, strategy, config,
@@ -149,13 +154,15 @@ def fit(model, tokenizer, loader, val_loader, config, strategy, run):
                 run.say(f"step {step}: validation loss {val_loss:.4f}, best {best_val_loss:.4f}")
                 if improved and step:
                     save("best")
-                last_logged = time.perf_counter()
             if step % config.save_interval == 0 and step and not is_last:
                 save(f"step_{step}")
             if is_last:
                 save("last")
                 break
+            last_logged += time.perf_counter() - paused  # the logged rates are those of training alone
 
+            # Forward and backward. The device is still at work when the next batches are read; only then
+            # is it waited for.
             lr = learning_rate(step, config, clock)
             try:
                 loss = accumulate_gradients(trained, data, n_counted, strategy, config, tokenizer)
@@ -166,6 +173,8 @@ def fit(model, tokenizer, loader, val_loader, config, strategy, run):
             done = data
             data = load_step(loader, strategy, model.config.block_size)  # while the device works
             loss, norm = strategy.read(loss, norm)
+
+            # Step, unless a number is not finite: then no weight has changed, and the batch is kept.
             if stats and stats.is_due(step):
                 stats.before_step()
             norm = strategy.take_step(lr, norm) if math.isfinite(loss) else strategy.skip_step()
@@ -177,6 +186,7 @@ def fit(model, tokenizer, loader, val_loader, config, strategy, run):
                 skipped += 1
                 refuse_nonfinite(step, done.batches, loss, norm, skipped, config, strategy, run)
 
+            # Log.
             step += 1
             tokens += n_read
             steps_since_log += 1

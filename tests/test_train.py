@@ -156,6 +156,34 @@ def test_a_log_line_every_log_interval_holds_the_mean_since_the_last(shared):
         assert line["tokens"] == part[-1]["tokens"]
 
 
+class Clock:
+    """A clock on which a step of training takes one second and a validation a hundred."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def learning_rate(self, step, config, seconds):
+        self.now += 1
+        return learning_rate(step, config, seconds)
+
+    def validation_loss(self, *_):
+        self.now += 100
+        return 1.0
+
+
+def test_the_logged_rate_counts_training_alone(shared, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(train, "time", clock)
+    monkeypatch.setattr(train, "learning_rate", clock.learning_rate)
+    monkeypatch.setattr(train, "validation_loss", clock.validation_loss)
+    logged = lines(shared, shared.train("--log_interval", 4, "--eval_interval", 3, "--max_steps", 8))[0]
+    assert [line["step"] for line in logged] == [4, 8]
+    assert [line["ms/step"] for line in logged] == [1000, 1000]
+
+
 def test_eval_iters_is_the_number_of_validation_batches(shared):
     with mock.patch.object(DataLoader, "fixed_batches", autospec=True,
                            side_effect=DataLoader.fixed_batches) as f:
