@@ -1,6 +1,7 @@
 """Training files for the Chinese amateur-radio exam, from its bank of questions and from ham_radio.
 
     python -m studies.radio_exam --bank bank.csv --ham ham_radio --out dataset/exam
+    python -m studies.radio_exam --bank bank.csv --ham ham_radio --out dataset/exam --train learnt
 
 --bank: a CSV file in C-Eval's columns. --ham: a folder with pretrain.txt, a text, and sft.jsonl, questions
 and answers. Two experiments:
@@ -14,8 +15,9 @@ and answers. Two experiments:
     OUT/rest.csv        the other four fifths
     OUT/shuffled/       the whole bank ten times, each with its options in another order
 
-Options are never trained on: a question comes with its right answer alone. The last line on standard output
-is a JSON object with the numbers of what was kept and removed.
+Options are never trained on: a question comes with its right answer alone. --train also prepares the files of
+one experiment, pretrains, fine-tunes, scores, and asks ten questions of the bank. The last line on standard
+output is a JSON object with the numbers of what was kept and removed, and the scores.
 """
 
 import csv
@@ -23,10 +25,25 @@ import io
 import json
 import os
 import random
+import shutil
+import subprocess
+import sys
+import time
 from collections import Counter
 
-from config import Parser
+from config import ROOT, Parser
 from script import InputError, atomic_write, before_imports, print_json, run_script
+
+# Steps and rates of the two experiments, over the shipped configs. A question that validates is not learnt,
+# so `learnt` validates with very few.
+RECIPES = {
+    "learnt": {"val_fraction": 0.002, "both": [],
+               "pretrain": ["--max_steps", "400"],
+               "sft": ["--max_steps", "1200", "--learning_rate", "1e-3"]},
+    "understands": {"val_fraction": 0.02, "both": ["--dropout", "0.1"],
+                    "pretrain": ["--max_steps", "800"],
+                    "sft": ["--max_steps", "400", "--learning_rate", "1e-3"]},
+}
 
 
 def command_line():
@@ -37,6 +54,9 @@ def command_line():
     cli.add_argument("--repeat", type=int, default=3, metavar="N",
                      help="write each question of the bank N times (default %(default)s)")
     cli.add_argument("--seed", type=int, default=1337, help="decides what is held out (default %(default)s)")
+    cli.add_argument("--train", choices=tuple(RECIPES), metavar="|".join(RECIPES),
+                     help="then train and score a model")
+    cli.add_argument("--device", default="auto", help="for --train (default %(default)s)")
     args = cli.parse_args()
     if args.repeat < 1:
         cli.error(f"--repeat is {args.repeat}, but must be at least 1")
@@ -49,9 +69,12 @@ def command_line():
 if __name__ == "__main__":
     before_imports(command_line)
 
+import checkpoint as ckpt
 from corpus.rows import load_conversations
+from generate import complete
 from scoring.contamination import KINDS, QuestionIndex, normalise, units_of_line
 from scoring.multiple_choice import LETTERS, read_choices
+from tokenizer import encode_prompt
 
 HELD_OUT = 5  # one part of so many
 N_SHUFFLES = 10
@@ -168,6 +191,70 @@ def write_experiment(folder, text, conversations):
     write_conversations(os.path.join(folder, "sft.jsonl"), conversations)
 
 
+def run_script_of_root(*words, capture=False):
+    """Run a script of the repo root; returns its standard output where it is captured.
+
+    Raises InputError if it fails; what is wrong stands on standard error already."""
+    words = list(map(str, words))
+    print(f"> python {' '.join(words)}", flush=True)
+    ended = subprocess.run([sys.executable, os.path.join(ROOT, words[0]), *words[1:]], encoding="utf-8",
+                           stdout=subprocess.PIPE if capture else None)
+    if ended.returncode:
+        raise InputError(f"{words[0]} ended with status {ended.returncode}")
+    return ended.stdout
+
+
+def score(model, *words):
+    """evaluate.py's table, printed, and its `ceval` result, a dict."""
+    output = run_script_of_root("evaluate.py", "-m", model, *words, capture=True)
+    print(output, end="")
+    return json.loads(output.splitlines()[-1])["ceval"]
+
+
+def train_experiment(name, folder, device):
+    """Prepare, pretrain and fine-tune as RECIPES says; returns the path of the model, in `folder`."""
+    recipe = RECIPES[name]
+
+    def data(task):
+        return json.dumps([[f"{folder}/{task}_train.npy", f"{folder}/{task}_val.npy"]])
+
+    run_script_of_root("data.py", "--pretrain", f"{folder}/pretrain.txt", "--sft", f"{folder}/sft.jsonl",
+                       "--out", folder, "--val_fraction", recipe["val_fraction"])
+    run_script_of_root("train.py", "-t", "pretrain", "--dataset_path", data("pretrain"), "--device", device,
+                       *recipe["both"], *recipe["pretrain"])
+    run_script_of_root("train.py", "-t", "sft", "--dataset_path", data("sft"), "--device", device,
+                       "--from_checkpoint", "checkpoint/pretrain_last.pt", *recipe["both"], *recipe["sft"])
+    return shutil.copy(os.path.join(ROOT, "checkpoint", "sft_last.pt"), f"{folder}/model.pt")
+
+
+def ask(path, questions):
+    """Print the model's free answers to ten questions of the bank, evenly spaced, as they come."""
+    model, tokenizer = ckpt.build_model(ckpt.load(path), path)
+    asked = questions[:: max(1, len(questions) // 10)][:10]
+    prompts = [encode_prompt(tokenizer, [], question.text).tolist() for question in asked]
+    answers = complete(model, prompts, model.config.block_size, stop_ids=(tokenizer.eos_id,), temperature=0)
+    for question, answer in zip(asked, answers, strict=True):
+        print(f"{question.text}\n  answer: {tokenizer.decode(answer)}\n  right:  {question.right_option}")
+
+
+def train_and_score(args, questions):
+    """Train the experiment args.train and score it; returns a dict of its scores and its minutes."""
+    folder = os.path.abspath(os.path.join(args.out, args.train))
+    began = time.monotonic()
+    model = train_experiment(args.train, folder, args.device)
+    minutes = (time.monotonic() - began) / 60
+    if args.train == "learnt":
+        scores = {"bank": score(model, "--ceval", os.path.abspath(args.bank)),
+                  "shuffled ten ways": score(model, "--ceval", os.path.abspath(f"{args.out}/shuffled"),
+                                             "--show", 0)}
+    else:
+        scores = {"held out": score(model, "--ceval", os.path.abspath(f"{args.out}/held_out.csv"),
+                                    "--contamination", f"{folder}/pretrain.txt", f"{folder}/sft.jsonl"),
+                  "learnt": score(model, "--ceval", os.path.abspath(f"{args.out}/rest.csv"), "--show", 0)}
+    ask(model, questions)
+    return {"experiment": args.train, "minutes_of_training": round(minutes, 1), "scores": scores}
+
+
 def main():
     args = command_line()
     questions = read_choices(args.bank)
@@ -203,10 +290,12 @@ def main():
         kinds = ", ".join(f"{kind} {cleaner.removed[name, kind]}" for kind in (*KINDS, "same answer"))
         unit = "characters" if name == "text" else "rows"
         print(f"{name:6} {before:9,} {unit}, {after:9,} of them clean; removed units: {kinds}")
+    trained = train_and_score(args, questions) if args.train else {}
     print_json({"questions": len(questions), "held_out": len(held_out),
                 "characters": [len(text), len(clean_text)], "pairs": [len(conversations), len(clean_pairs)],
                 "bank": [len(rest), len(clean_rest)],
-                "removed": {f"{name}: {kind}": n for (name, kind), n in sorted(cleaner.removed.items())}})
+                "removed": {f"{name}: {kind}": n for (name, kind), n in sorted(cleaner.removed.items())},
+                **trained})
 
 
 if __name__ == "__main__":

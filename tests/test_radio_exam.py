@@ -109,3 +109,20 @@ def test_a_missing_file_is_one_line(monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit) as ended:
         run_script(radio_exam.main)
     assert ended.value.code == 2 and "gone.csv: no such file" in capsys.readouterr().err
+
+
+def test_one_command_trains_scores_and_asks(exam, workspace):
+    folder = exam[0]
+    program = "import studies.radio_exam as exam\n" \
+              "for part in ('pretrain', 'sft'): exam.RECIPES['learnt'][part] = []\n" \
+              "exam.main()"
+    ended = workspace.run("-c", program, "--bank", folder / "bank.csv", "--ham", folder / "ham",
+                          "--out", "out", "--train", "learnt", "--device", "cpu")
+    result = json.loads(ended.stdout.splitlines()[-1])
+    assert result["questions"] == 20 and result["experiment"] == "learnt"
+    scores = result["scores"]
+    assert scores["bank"]["questions"] == 20 and scores["shuffled ten ways"]["questions"] == 200
+    assert 0 <= scores["bank"]["accuracy"] <= 1
+    assert ended.stdout.count("  right:  ") == 10
+    saved = workspace.load("sft_last.pt")
+    assert saved["step"] == 6 and saved["task"] == "sft"
