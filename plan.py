@@ -33,7 +33,7 @@ LADDER = ((1, 32), (1, 64), (2, 96), (3, 128), (4, 192), (4, 256), (6, 384), (8,
 SHAPE = dict(n_kv_head=0, activation="relu2", qk_norm=True, use_rope=True, n_prev=0, bias=False,
              is_causal=True, final_norm="rmsnorm")
 RECIPE = dict(optimizer="muon", weight_decay=0.1, decay_lr=True, lr_schedule="linear", min_lr=0.0,
-              lr_decay_iters=0)
+              lr_decay_iters=0, embedding_lr=1.0)
 LEARNING_RATE = 3e-3  # of a model AT_WIDTH wide
 AT_WIDTH = 256
 MEASURING_SECONDS = 30

@@ -31,7 +31,7 @@ MODEL = dict(n_layer=2, n_head=2, n_embd=64, block_size=128, n_kv_head=0, activa
              use_rope=True, n_prev=0, bias=False, dropout=0.0)
 TRAIN = dict(batch_size=8, gradient_accumulation_steps=1, warmup_iters=10, min_lr=0.0, lr_decay_iters=0,
              optimizer="muon", lr_schedule="linear", decay_lr=True, weight_decay=0.1, dropout=0.0,
-             max_minutes=0.0, max_steps=1, save_interval=1_000_000, from_checkpoint="")
+             embedding_lr=1.0, max_minutes=0.0, max_steps=1, save_interval=1_000_000, from_checkpoint="")
 RUN_KEYS = {"series", "x", "seed", "loss", "curve", "settings"}
 CURVE_TOKENS = 8192  # a point of a run's curve is the mean training loss over so many tokens
 

@@ -25,7 +25,8 @@ from script import InputError, atomic_write, before_imports, print_json, run_scr
 
 # Over config_pretrain.json: small steps, so that the shortest run has enough of them.
 STUDY = dict(batch_size=4, gradient_accumulation_steps=1, warmup_iters=10, min_lr=0.0, lr_decay_iters=0,
-             max_steps=1000000, max_minutes=0.0, save_interval=1000000, eval_iters=1, from_checkpoint="")
+             embedding_lr=1.0, max_steps=1000000, max_minutes=0.0, save_interval=1000000, eval_iters=1,
+             from_checkpoint="")
 # Fields that the study sets itself, or that mean nothing to it.
 UNUSED_FIELDS = ("n_layer", "n_embd", "n_head", "vocab_size", "max_steps", "eval_interval", "eval_iters",
                  "lr_decay_iters", "max_minutes", "save_interval", "log_interval", "from_checkpoint",
