@@ -143,7 +143,7 @@ class Attention(nn.Module):
         self.head_size = config.n_embd // config.n_head
         self.qk_norm = config.qk_norm
         self.norm_eps = config.norm_eps
-        self.is_on_gpu = self.has_flash = False  # GPT sets them
+        self.is_on_gpu = self.is_on_mps = self.has_flash = False  # GPT sets them
         width = (self.n_head + 2 * self.n_kv_head) * self.head_size
         self.c_attn = nn.Linear(config.n_embd, width, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
@@ -169,6 +169,8 @@ class Attention(nn.Module):
         q, k, v = self.heads(qkv, rope)  # (B, nh, T, hs), twice (B, nkv, T, hs)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, nkv, S, hs)
+        if self.is_on_mps:  # its kernel has misread other layouts (pytorch issue 181133)
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         is_grouped = self.n_kv_head != self.n_head
         if isinstance(mask, torch.Tensor | None):
             can_use_flash = self.has_flash and mask is None and v.dtype in (torch.float16, torch.bfloat16)
@@ -287,6 +289,7 @@ class GPT(nn.Module):
         has_flash = is_cuda and torch.cuda.get_device_capability(self.device) >= (8, 0)
         for block in self.transformer["h"]:
             block.attn.is_on_gpu = is_cuda
+            block.attn.is_on_mps = self.device.type == "mps"
             block.attn.has_flash = has_flash and torch.backends.cuda.flash_sdp_enabled()
 
     @property

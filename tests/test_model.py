@@ -341,6 +341,23 @@ def test_where_a_gpu_cannot_share_heads_they_are_repeated(tiny_model, monkeypatc
     assert grouped == 2 * [True] + 2 * [False] + 2 * [shared]
 
 
+def test_on_mps_attention_gets_contiguous_tensors(tiny_model, monkeypatch):
+    model = tiny_model(n_kv_head=2)
+    idx = some_ids()
+    expected = model(idx)[0]
+    layouts = []
+    attention = F.scaled_dot_product_attention
+
+    def noted(*tensors, **options):
+        layouts.append([t.is_contiguous() for t in tensors])
+        return attention(*tensors, **options)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    for block in model.transformer["h"]:
+        block.attn.is_on_mps = True
+    assert torch.equal(model(idx)[0], expected)
+    assert layouts == 2 * [[True, True, True]]
+
+
 def test_grouped_heads_equal_repeated_heads(tiny_model):
     """GQA with 2 key/value heads = MHA whose 4 key/value heads are those, each twice."""
     grouped, full = tiny_model(n_kv_head=2), tiny_model()
