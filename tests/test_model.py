@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY
+from conftest import TINY, CountedGraphs
 
 from config import IGNORE, ModelConfig
 from cpu import fused
@@ -105,17 +105,6 @@ def test_dropout_keeps_the_mask_that_can_do_it(tiny_model):
     made = with_flex_attention(tiny_model(n_head=2, dropout=0.1)).train()
     assert isinstance(made._document_mask(torch.zeros(2, 12)), torch.Tensor)
     assert not isinstance(made.eval()._document_mask(torch.zeros(2, 12)), torch.Tensor)
-
-
-class CountedGraphs:
-    """A backend of torch.compile that runs what it is given and counts the graphs."""
-
-    def __init__(self):
-        self.n = 0
-
-    def __call__(self, graph, inputs):
-        self.n += 1
-        return graph.forward
 
 
 @pytest.fixture

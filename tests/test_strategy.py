@@ -6,7 +6,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import Workspace
+from conftest import CountedGraphs, Workspace
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import device
@@ -156,17 +156,6 @@ def test_batches_are_padded_to_the_widest_and_what_is_added_carries_no_loss():
 
 
 # ---- Compiling ----
-
-class CountedGraphs:
-    """A backend of torch.compile that runs each graph as it is, and counts them."""
-
-    def __init__(self):
-        self.n = 0
-
-    def __call__(self, graph, inputs):
-        self.n += 1
-        return graph.forward
-
 
 @pytest.mark.parametrize("words, most", [
     (["-t", "pretrain"], 3), (["-t", "pretrain", "--document_mask"], 3),
