@@ -330,7 +330,7 @@ def verify_resume(args, steps=6, cut=3):
             train(args, strategy)
             saved.append(ckpt.load(os.path.join(checkpoints, f"{args.task}_last.pt")))
     whole, _, continued = saved
-    whole["train_config"] = continued["train_config"]  # the checkpoint it started from lies in the folder
+    whole["train_config"] = continued["train_config"]  # their paths of from_checkpoint differ
     for name in ("stamp", "seconds"):  # when the runs took place, and how fast
         whole["dataloader"][name] = continued["dataloader"][name]
     found = differences(whole, continued, "checkpoint")

@@ -119,7 +119,7 @@ class CompiledStep:
         self.work = torch.zeros(library.work_size(ctypes.byref(self.struct), self.batch_size, self.length))
 
     def address(self, tensor, *shape):
-        """Where a tensor lies in memory. Raises ValueError for another shape, device or layout."""
+        """The address of a tensor in memory. Raises ValueError for another shape, device or layout."""
         if tuple(tensor.shape) != shape or not tensor.is_contiguous() or tensor.device.type != "cpu":
             raise ValueError(f"a tensor of shape {tuple(tensor.shape)} where {shape} is expected")
         self.tensors.append(tensor.detach())

@@ -37,7 +37,7 @@ def imported(tree):
 
 
 def room(path):
-    """A root script's name, or the name of the folder that a file lies in."""
+    """A root script's name, or the name of a file's folder."""
     return path.stem if path.parent == REPO else path.parent.name
 
 
