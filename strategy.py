@@ -77,7 +77,7 @@ class SingleProcess:
                             if accumulation % n == 0 and n <= max(1, most))
         if not self.compiles:
             return model
-        # A CUDA graph uses the same memory each time: a second pass would overwrite the first one's gradients.
+        # A CUDA graph uses the same memory each time: a second pass would overwrite the first.
         one_pass = self.fold == accumulation and self.world_size == 1 and not self.config.document_mask
         return compile_model(model, self.device, one_pass)
 

@@ -54,6 +54,14 @@ def test_both_readmes_give_the_same_commands():
     assert commands("README.md") == commands("README_zh.md")
 
 
+def test_the_tests_that_the_docs_name_exist():
+    known = [name for path in (REPO / "tests").glob("*.py")
+             for name in [path.stem, *re.findall(r"def (test_\w+)", path.read_text(encoding="utf-8"))]]
+    for path in (REPO / "docs").glob("*.md"):
+        for name, goes_on in re.findall(r"`(test_[a-z0-9_]+)(…?)", path.read_text(encoding="utf-8")):
+            assert name in known or goes_on and any(test.startswith(name) for test in known), (path.name, name)
+
+
 @pytest.mark.parametrize("name", READMES)
 @pytest.mark.parametrize("cls, files", [(ModelConfig, ["model_config.json"]),
                                         (TrainConfig, ["config_pretrain.json", "config_sft.json"])])
