@@ -354,6 +354,10 @@ def plot(rows, study, path):
                       label=series)
     if study.is_log:
         axis.set_xscale("log")
+        places = sorted({x for _, x, _ in rows})
+        if len(places) <= 8:  # name the settings; of more, powers of ten are enough
+            axis.set_xticks(places, map(as_text, places))
+            axis.minorticks_off()
     axis.set(title=study.question, xlabel=study.x_label, ylabel=f"validation loss, {len(SEEDS)} seeds")
     axis.grid(alpha=0.3)
     axis.legend()
