@@ -8,7 +8,6 @@ Letters in the shapes: B batch, T tokens, C n_embd, H width of the MLP's hidden 
 nh heads, nkv key/value heads, hs head size, S tokens attended to (those in the cache and the new ones).
 """
 
-import functools
 import math
 
 import torch
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from config import IGNORE, ModelConfig
 from cpu import fused
 from device import has_flex_attention
+from documents import block_mask_of, documents_of, flex_attention, positions_in
 from script import InputError
 
 
@@ -65,6 +65,7 @@ class KVCache:
 
 def rope_table(length, head_size, theta):
     """cos and sin of the rotation angles, two tensors (length, hs / 2)."""
+    # In double precision: at the last positions of a long context, float32 would lose digits of the angle.
     frequencies = theta ** (-torch.arange(0, head_size, 2).double() / head_size)
     angles = torch.arange(length).double()[:, None] * frequencies
     return angles.cos().float(), angles.sin().float()
@@ -75,47 +76,6 @@ def apply_rope(x, cos, sin):
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
     return rotated.flatten(-2).type_as(x)
-
-
-def documents_of(idx, bos_id, eos_id):
-    """Number the documents of a window: (B, T) ids → (B, T); a new one begins at bos and after eos."""
-    after_eos = F.pad(idx[:, :-1] == eos_id, (1, 0))
-    return ((idx == bos_id) | after_eos).cumsum(1)
-
-
-def positions_in(documents):
-    """Positions counted from each document's first token, (B, T)."""
-    at = torch.arange(documents.size(1), device=documents.device).expand_as(documents)
-    starts = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
-    return at - torch.where(starts, at, 0).cummax(1).values
-
-
-def block_mask_of(documents, is_causal):
-    """The mask of documents (B, T) for FlexAttention (Dong et al. 2024), which skips fully masked blocks."""
-    from torch.nn.attention.flex_attention import create_block_mask  # here: its import takes a second
-
-    def visible(b, h, q, kv):
-        same = documents[b, q] == documents[b, kv]
-        return same & (q >= kv) if is_causal else same
-    B, T = documents.shape
-    return create_block_mask(visible, B, None, T, T, device=documents.device)
-
-
-@functools.cache
-def compiled_flex_attention():
-    from torch.nn.attention.flex_attention import flex_attention
-    return torch.compile(flex_attention)
-
-
-def flex_attention(q, k, v, block_mask, enable_gqa):
-    """torch's, in one type; compiled on CUDA even where the model is not, since only that form is fast.
-
-    Contiguous, since compiled kernels misread queries and keys that share memory (torch 2.13, on a CPU)."""
-    from torch.nn.attention.flex_attention import flex_attention as attention
-    if q.device.type == "cuda" and not torch.compiler.is_compiling():
-        attention = compiled_flex_attention()
-    q, k, v = (t.type_as(v).contiguous() for t in (q, k, v))
-    return attention(q, k, v, block_mask=block_mask, enable_gqa=enable_gqa)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -144,6 +104,7 @@ class Attention(nn.Module):
         self.qk_norm = config.qk_norm
         self.norm_eps = config.norm_eps
         self.is_on_gpu = self.is_on_mps = self.has_flash = False  # GPT sets them
+        # One product makes queries, keys and values, in this order.
         width = (self.n_head + 2 * self.n_kv_head) * self.head_size
         self.c_attn = nn.Linear(config.n_embd, width, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
@@ -155,6 +116,7 @@ class Attention(nn.Module):
             angles = torch.complex(*rope) if rope is not None else None
             eps = self.norm_eps if self.qk_norm else None
             return fused.Heads.apply(qkv, angles, self.n_head, self.n_kv_head, eps)
+        # Queries and keys are rotated and normalised together: half as many operations.
         qk, v = qkv.split([self.n_head + self.n_kv_head, self.n_kv_head], dim=2)
         if rope is not None:
             qk = apply_rope(qk, *rope)
@@ -325,6 +287,7 @@ class GPT(nn.Module):
         if past + T > limit:
             raise InputError(f"{past + T} tokens do not fit into the model's block_size "
                              f"{self.config.block_size}")
+        # Later calls with a cache say by their mask what is visible; only the first can be plainly causal.
         mask, positions = self._mask_and_positions(idx, documents, cache)
         is_causal = self.config.is_causal and mask is None and past == 0
 
@@ -346,6 +309,8 @@ class GPT(nn.Module):
         logits = self.lm_head(x[:, -1:] if last_only else x)  # (B, T or 1, V)
         if targets is None:
             return logits, None
+        # In float32, where the sum of many exponentials keeps its digits. A batch without counted tokens has
+        # loss 0 instead of NaN: in instruction data a whole micro-batch can be questions.
         total = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE,
                                 reduction="sum")
         return logits, total / (targets != IGNORE).sum().clamp(min=1)

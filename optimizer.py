@@ -95,6 +95,7 @@ class Muon(torch.optim.Muon):
                 if self.world_size == 1:
                     self._apply(params, share, group)
                 else:
+                    # Sent while the next group is computed.
                     shares = [torch.empty_like(share) for _ in range(self.world_size)]
                     work = torch.distributed.all_gather(shares, share, async_op=True)
                     pending.append((params, shares, group, work))
@@ -190,6 +191,8 @@ def build_optimizer(model, config: TrainConfig, fast_bfloat16=False, rank=0, wor
 
     The first step of a process imports torch's compiler, which torch's optimizers ask for: 1.0 s of CPU time,
     as much as importing torch."""
+    # Muon is for matrices that map hidden states to hidden states. The embedding, which is also the output
+    # layer, and the vectors stay with AdamW (Jordan et al. 2024).
     rest = []
     hidden = []
     for name, p in model.named_parameters():
@@ -202,6 +205,7 @@ def build_optimizer(model, config: TrainConfig, fast_bfloat16=False, rank=0, wor
     if config.embedding_lr != 1:
         prev_tables = [p for name, p in model.named_parameters() if ".prev." in name]
         prev_factor = max(1.0, config.embedding_lr / (1 + model.config.n_prev))
+        # AdamW decays by rate × weight_decay, so a higher rate gets a smaller weight_decay.
         for params, factor in (([model.lm_head.weight], config.embedding_lr), (prev_tables, prev_factor)):
             groups.append({"params": params, "weight_decay": config.weight_decay / factor,
                            "lr_factor": factor})

@@ -13,7 +13,7 @@ import evaluate
 from checkpoint import build_model, load
 from corpus import text as data_text
 from corpus.fingerprint import write_fingerprint
-from model import documents_of
+from documents import documents_of
 from scoring import contamination, likelihood, multiple_choice
 from tokenizer import SPECIAL_TOKENS, Tokenizer, encode_prompt
 

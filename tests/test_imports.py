@@ -11,7 +11,7 @@ from conftest import REPO
 LAYERS = [
     "script",
     "config",
-    "tokenizer metrics device cpu",
+    "tokenizer metrics device documents cpu",
     "corpus model optimizer",
     "dataloader",
     "data checkpoint generate_gpu",

@@ -10,9 +10,10 @@ from conftest import TINY, CountedGraphs
 from config import IGNORE, ModelConfig
 from cpu import fused
 from device import set_sdp_kernel
+from documents import documents_of, positions_in
 from generate import generate, new_cache
 from generate_gpu import StaticKVCache
-from model import GPT, KVCache, apply_rope, documents_of, positions_in, rope_table
+from model import GPT, KVCache, apply_rope, rope_table
 from script import InputError
 
 # Every option of the model, alone, and all of them together.
