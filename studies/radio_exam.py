@@ -16,8 +16,9 @@ and answers. Two experiments:
     OUT/shuffled/       the whole bank ten times, each with its options in another order
 
 Options are never trained on: a question comes with its right answer alone. --train also prepares the files of
-one experiment, pretrains, fine-tunes, scores, and asks ten questions of the bank. The last line on standard
-output is a JSON object with the numbers of what was kept and removed, and the scores.
+one experiment, pretrains and fine-tunes (checkpoint/pretrain_last.pt, sft_last.pt), copies the model to
+OUT/EXPERIMENT/model.pt, scores it, and asks ten questions of the bank. The last line on standard output is a
+JSON object with the numbers of what was kept and removed, and the scores.
 """
 
 import csv
