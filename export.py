@@ -41,8 +41,8 @@ def command_line():
     args.dtype = args.dtype or DTYPES[args.to][0]
     if args.dtype not in DTYPES[args.to]:
         cli.error(f"--dtype is {args.dtype}, but --to {args.to} takes {', '.join(DTYPES[args.to])}")
-    require_checkpoint(args.model)
     check_output(args)
+    require_checkpoint(args.model)
     return args
 
 

@@ -134,7 +134,7 @@ def compare(path, args, bar):
                 config = replace(args.train, max_steps=steps, eval_interval=steps, random_seed=seed,
                                  warmup_iters=min(args.train.warmup_iters, steps - 1))
                 bar.set_description(f"{os.path.basename(path)}, {name}, seed {seed}")
-                run = train_run(model_config, config, text, lambda flops=step_flops: bar.update(flops))
+                run = train_run(model_config, config, text, lambda _, flops=step_flops: bar.update(flops))
                 if run["signal"]:
                     raise KeyboardInterrupt
                 losses.append(run["loss"])
