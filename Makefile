@@ -38,7 +38,7 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
-	$(PY) -m pytest -q -n auto tests $(addprefix --ignore=,$(EXPORT_TESTS))
+	$(PY) -m pytest -q -n auto --maxprocesses 8 tests $(addprefix --ignore=,$(EXPORT_TESTS))
 
 $(VENV)/installed-export: $(VENV)/installed-dev
 	$(PY) -m pip install -c constraints.txt transformers xllamacpp tensorboard
@@ -47,7 +47,7 @@ $(VENV)/installed-export: $(VENV)/installed-dev
 test-export: $(VENV)/installed-export
 	@command -v node >/dev/null && command -v chromium >/dev/null || \
 		{ echo "the tests of the page need node and chromium (Debian: apt-get install nodejs chromium)"; exit 1; }
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto $(EXPORT_TESTS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 8 $(EXPORT_TESTS)
 
 soak: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(PY) tests/soak.py
