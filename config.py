@@ -323,8 +323,8 @@ def check_files(config, train_config, root):
 
 
 def require_checkpoint(path):
-    """Raise InputError if there is no such file or folder, before torch is imported."""
-    if not os.path.exists(path):
+    """Raise InputError if there is no such file or folder (see `find`), before torch is imported."""
+    if not os.path.exists(find(path)):
         raise InputError(f"{path}: no such file{what_there_is()}")
 
 

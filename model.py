@@ -287,7 +287,7 @@ class GPT(nn.Module):
         if past + T > limit:
             raise InputError(f"{past + T} tokens do not fit into the model's block_size "
                              f"{self.config.block_size}")
-        # Later calls with a cache say by their mask what is visible; only the first can be plainly causal.
+        # With a cache, later calls have a mask, or one token that sees all: only the first call is causal.
         mask, positions = self._mask_and_positions(idx, documents, cache)
         is_causal = self.config.is_causal and mask is None and past == 0
 

@@ -21,7 +21,7 @@ from script import InputError, before_imports, print_json, run_script
 
 STUDY = dict(batch_size=4, gradient_accumulation_steps=4, warmup_iters=10, min_lr=0.0, lr_decay_iters=0,
              max_steps=1000000, max_minutes=0.0, save_interval=1000000, eval_iters=1, from_checkpoint="",
-             learning_rate=6e-3)
+             learning_rate=6e-3, embedding_lr=1.0)
 GENERATED = 200  # tokens, for the speed of generation
 
 

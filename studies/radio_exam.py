@@ -33,7 +33,7 @@ import time
 from collections import Counter
 
 from config import ROOT, Parser
-from script import InputError, atomic_write, before_imports, print_json, run_script
+from script import InputError, atomic_write, before_imports, print_json, replacing, run_script
 
 # Steps and rates of the two experiments, over the shipped configs. A question that validates is not learnt,
 # so `learnt` validates with very few.
@@ -195,7 +195,7 @@ def write_experiment(folder, text, conversations):
 def run_script_of_root(*words, capture=False):
     """Run a script of the repo root; returns its standard output where it is captured.
 
-    Raises InputError if it fails; what is wrong stands on standard error already."""
+    Raises InputError if it fails; it has said why on standard error."""
     words = list(map(str, words))
     print(f"> python {' '.join(words)}", flush=True)
     ended = subprocess.run([sys.executable, os.path.join(ROOT, words[0]), *words[1:]], encoding="utf-8",
@@ -225,7 +225,10 @@ def train_experiment(name, folder, device):
                        *recipe["both"], *recipe["pretrain"])
     run_script_of_root("train.py", "-t", "sft", "--dataset_path", data("sft"), "--device", device,
                        "--from_checkpoint", "checkpoint/pretrain_last.pt", *recipe["both"], *recipe["sft"])
-    return shutil.copy(os.path.join(ROOT, "checkpoint", "sft_last.pt"), f"{folder}/model.pt")
+    path = f"{folder}/model.pt"
+    with replacing(path) as temporary:
+        shutil.copyfile(os.path.join(ROOT, "checkpoint", "sft_last.pt"), temporary)
+    return path
 
 
 def ask(path, questions):

@@ -173,6 +173,13 @@ def test_a_removed_working_directory_is_one_line_or_works(shared, tmp_path):
     assert "Traceback" not in result.stderr and result.returncode in (0, 2)
 
 
+def test_a_checkpoint_is_found_from_another_working_directory(shared, tmp_path):
+    """As the configs' paths, -m is also looked for in the repo root."""
+    words = [shared.path / "inference.py", "-m", "checkpoint/pretrain_best.pt", "-p", "The", "-l", "10"]
+    result = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout.strip(), result.stderr
+
+
 # ---- E. NaN ----
 
 def test_nan_is_never_an_improvement_and_never_forgets_the_best():
