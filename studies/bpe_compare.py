@@ -161,7 +161,9 @@ def plot(results, path):
     names = [f"{row['text']}\n{row['tokens']}" for row in results]
     for axis, (column, title) in zip(axes, columns.items(), strict=True):
         bars = axis.bar(names, [row[column] for row in results])
-        axis.bar_label(bars, fmt="%.3g")
+        axis.bar_label(bars, [f"{row[column]:,.0f}" if row[column] > 100 else f"{row[column]:.3f}"
+                              for row in results], padding=6)  # above the marks of the single runs
+        axis.margins(y=0.12)
         axis.set_title(title)
         axis.tick_params(axis="x", rotation=30)
     for name, row in zip(names, results, strict=True):
