@@ -128,10 +128,6 @@ class Zero(DataParallel):
                                                 config=self.engine_config())[0]
         for name, buffer in model.named_buffers():
             buffer.data = buffers[name]  # RoPE's angles stay in float32 where the weights are in bfloat16
-        self.nonfinite = torch.zeros((), dtype=torch.bool, device=self.device)
-        if self.dtype is not torch.float16:  # whose overflows the engine answers with a lower loss scale
-            for p in model.parameters():
-                p.register_hook(self.note_nonfinite)
         model.n_params = lambda: n_params  # stage 3 leaves each process with empty parameters
         return self.engine
 
@@ -187,29 +183,25 @@ class Zero(DataParallel):
         self.engine.set_gradient_accumulation_boundary(last)
         return contextlib.nullcontext()
 
-    def note_nonfinite(self, grad):
-        """Called with every gradient before the engine reduces it, and may itself step with a NaN."""
-        self.nonfinite |= ~torch.isfinite(grad).all()
-
     def backward(self, loss):
         self.engine.backward(loss, scale_wrt_gas=False)  # the loop has divided it already
 
     def clip_gradients(self):
-        """The engine clips in its step. Returns 0, or NaN if a gradient of this process is not finite."""
-        return torch.where(self.nonfinite, math.nan, 0.0)
+        """The engine computes the norm, and clips, in its step. Returns 0."""
+        return torch.zeros((), device=self.device)
 
     def take_step(self, lr, norm):
-        """Returns the gradient norm; NaN, and no step taken, if a gradient on any rank is not finite. Under
-        float16 an overflow is 0, as in SingleProcess."""
-        if math.isnan(norm):
-            return norm
+        """Returns the gradient norm; NaN, and no step taken, if it is not finite. An overflow under float16
+        is 0, as in SingleProcess."""
         set_lr(self.engine.optimizer.param_groups, lr)
         norm = None
-        if self.stage == 0 and self.dtype is torch.float32:  # DeepSpeed then keeps no norm
-            norm = torch.nn.utils.get_total_norm(p.grad for p in self.model.parameters())
+        if self.stage == 0 and self.dtype is torch.float32:  # DeepSpeed then neither keeps nor checks a norm
+            norm = float(torch.nn.utils.get_total_norm(p.grad for p in self.model.parameters()))
+            if not math.isfinite(norm):
+                return math.nan
         self.engine.step()
-        if getattr(self.engine.optimizer, "overflow", False) and self.dtype is torch.float16:
-            return 0.0
+        if getattr(self.engine.optimizer, "overflow", False):  # the norm was not finite: no step was taken
+            return 0.0 if self.dtype is torch.float16 else math.nan
         return float(self.engine.get_global_grad_norm() if norm is None else norm)
 
     def save(self, run, kind, content):

@@ -192,8 +192,8 @@ class PoisonedGradient(train.torch.autograd.Function):  # what is computed stays
 class Watched(train_deepspeed.Zero):
     def wrap(self, *args):
         engine = super().wrap(*args)
-        real = engine.step
-        engine.step = lambda: (print("a step was taken", flush=True), real())
+        adamw = getattr(engine.optimizer, "optimizer", engine.optimizer)
+        adamw.register_step_pre_hook(lambda *_: print("a step was taken", flush=True))
         return engine
 
 def main():
