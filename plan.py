@@ -32,8 +32,8 @@ LADDER = ((1, 32), (1, 64), (2, 96), (3, 128), (4, 192), (4, 256), (6, 384), (8,
 # What the laws were fitted with, and what other programs can run (see export.py).
 SHAPE = dict(n_kv_head=0, activation="relu2", qk_norm=True, use_rope=True, n_prev=0, bias=False,
              is_causal=True, final_norm="rmsnorm")
-RECIPE = dict(optimizer="muon", weight_decay=0.1, decay_lr=True, lr_schedule="linear", min_lr=0.0,
-              lr_decay_iters=0, embedding_lr=1.0)
+RECIPE = dict(optimizer="muon", decay_lr=True, lr_schedule="linear", min_lr=0.0, lr_decay_iters=0,
+              embedding_lr=1.0, dropout=0.0)
 LEARNING_RATE = 3e-3  # of a model AT_WIDTH wide
 AT_WIDTH = 256
 MEASURING_SECONDS = 30
@@ -85,13 +85,14 @@ from train import accumulate_gradients
 
 # Fitted by studies.scaling to 256-token windows of these texts with SHAPE and RECIPE (docs/scaling.md).
 LAWS = {
-    "Tiny Shakespeare": {"vocab_size": 71, "E": 0.761, "A": 11.66, "B": 147.4, "alpha": 0.2624,
-                         "beta": 0.4244},
-    "amateur radio": {"vocab_size": 2096, "E": 0.0743, "A": 403.5, "B": 20.27, "alpha": 0.5246,
-                      "beta": 0.1464},
+    "Tiny Shakespeare": {"vocab_size": 71, "E": 0.8503, "A": 18.04, "B": 154.3, "alpha": 0.3152,
+                         "beta": 0.4285},
+    "amateur radio": {"vocab_size": 2096, "E": 1.0395, "A": 2805, "B": 33.62, "alpha": 0.6892,
+                      "beta": 0.2127},
 }
 REPEATS = 15.4  # a token that is read again is worth less and less (Muennighoff et al. 2023, R*_D)
 MEMORISING = 3  # parameters per training token; larger models learn the text by heart, which no law foresees
+PASSES = 20  # over the text, for a parameter per token; more bring nothing but memorising (docs/scaling.md)
 
 
 def effective_tokens(tokens, unique):
@@ -123,11 +124,11 @@ def choose_law(root, vocab_size, n_tokens):
                         "nearest; python -m studies.scaling fits one to your text")
 
 
-def dropout_for(n, epochs, unique):
-    """A rule of thumb: none for a text that is read a few times, or by a model too small to memorise it."""
-    if epochs <= 4 or n < unique / 4:
-        return 0.0
-    return 0.1 if epochs <= 12 else 0.2
+def weight_decay_for(n, tokens, unique):
+    """The usual 0.1, and up to 1 where n parameters could memorise a text of `unique` tokens.
+
+    Measured in docs/scaling.md: better than dropout, which makes a step on a CPU 1.6 times as long."""
+    return float(np.clip(n * tokens / unique**2 / PASSES, 0.1, 1.0))
 
 
 def learning_rate_at(width, learning_rate=LEARNING_RATE, at_width=AT_WIDTH):
@@ -223,13 +224,15 @@ class Planner:
 
     def tokens_for(self, n, tokens_per_second):
         """How many tokens a model of n parameters reads."""
+        unique = self.text.n_tokens
+        most = unique * max(1, PASSES * unique / n)
         if self.args.minutes:
-            return self.training_seconds() * tokens_per_second
+            return min(most, self.training_seconds() * tokens_per_second)
         if self.args.tokens:
             return self.args.tokens
         law = self.law  # compute-optimal: there more parameters and more tokens are worth the same
         d = (law["beta"] * law["B"] / (law["alpha"] * law["A"]) * n ** law["alpha"]) ** (1 / law["beta"])
-        return min(d, self.text.n_tokens * (1 + REPEATS))
+        return min(d, most)
 
     def split_step(self, model, tokens):
         """Rows in a pass and passes in a step, as large as a run of `tokens` wants and the memory allows;
@@ -289,7 +292,8 @@ class Planner:
                 return None
             rows, passes = step
             config = replace(self.args.train, batch_size=rows, gradient_accumulation_steps=passes,
-                             learning_rate=learning_rate_at(width))
+                             learning_rate=learning_rate_at(width),
+                             weight_decay=weight_decay_for(n, tokens, self.text.n_tokens))
             memory = memory_bytes(model, rows * model.block_size, self.is_half)
             seconds = 4 * rows * passes * model.block_size / speed
             is_late = self.flops and time.perf_counter() + max(2, seconds) > self.deadline
@@ -299,9 +303,7 @@ class Planner:
             memory = peak or memory
             self.flops = speed * flops_per_token
             is_measured = True
-        unique = self.text.n_tokens
-        config.dropout = dropout_for(n, tokens / unique, unique)
-        loss = float(predict(self.law, n, effective_tokens(tokens, unique)))
+        loss = float(predict(self.law, n, effective_tokens(tokens, self.text.n_tokens)))
         return Candidate(model, config, speed, is_measured, tokens, loss, memory)
 
     def candidates(self):
@@ -312,10 +314,9 @@ class Planner:
             if c is None:
                 break
             found.append(c)
-            epochs = c.tokens / self.text.n_tokens
             print(f"{layers:3} x {width:<5}{on_meta(c.model).n_params():14,}{c.tokens_per_second:12,.0f}"
-                  f"{' ' if c.is_measured else '*'}{c.tokens:14,.0f}{epochs:9.1f}{c.loss:9.3f}"
-                  f"{c.memory / 1e9:9.2f}", flush=True)
+                  f"{' ' if c.is_measured else '*'}{c.tokens:14,.0f}{c.tokens / self.text.n_tokens:9.1f}"
+                  f"{c.loss:9.3f}{c.memory / 1e9:9.2f}", flush=True)
             losses = [c.loss for c in found]
             if (self.args.minutes or self.args.tokens) and min(losses[-2:]) > min(losses):
                 break
@@ -329,23 +330,20 @@ STARTING_SECONDS = time.perf_counter() - START + 2  # train.py imports as much, 
 
 def finish(candidate, planner):
     """Settings for the two JSON files: the dicts of ModelConfig and TrainConfig fields, and the steps."""
-    args = planner.args
+    minutes = candidate.tokens / candidate.tokens_per_second / 0.96 / 60 if planner.args.minutes else 0.0
     model = {name: getattr(candidate.model, name) for name in (*SHAPE, "n_layer", "n_head", "n_embd")}
     config = candidate.train
     in_a_step = config.batch_size * config.gradient_accumulation_steps * candidate.model.block_size
     steps = max(1, round(candidate.tokens / in_a_step))
     # A forward pass takes a third of a step; all validations together 4 % of the time.
-    seconds = planner.training_seconds() if args.minutes else candidate.tokens / candidate.tokens_per_second
-    tokens = 0.04 * seconds * 3 * candidate.tokens_per_second / (VALIDATIONS + 2)
+    tokens = 0.04 * 3 * candidate.tokens / (VALIDATIONS + 2)
     rows = min(planner.text.n_val_rows, max(1, tokens // candidate.model.block_size))
-    train = {**RECIPE, **args.flags,
+    train = {**RECIPE, **planner.args.flags,
              "learning_rate": float(f"{config.learning_rate:.3g}"),
-             "batch_size": config.batch_size,
+             "batch_size": config.batch_size, "warmup_iters": min(20, steps // 10),
              "gradient_accumulation_steps": config.gradient_accumulation_steps,
-             "dropout": config.dropout,
-             "warmup_iters": min(20, steps // 10),
-             "max_steps": 0 if args.minutes else steps,
-             "max_minutes": round(args.minutes - STARTING_SECONDS / 60, 3) if args.minutes else 0.0,
+             "weight_decay": float(f"{config.weight_decay:.2g}"),
+             "max_steps": 0 if minutes else steps, "max_minutes": round(minutes, 3),
              "eval_interval": max(1, steps // VALIDATIONS),
              "eval_iters": math.ceil(rows / config.batch_size),
              "log_interval": max(1, steps // 2000)}
@@ -364,8 +362,8 @@ def write(path, values):
 def main(args):
     planner = Planner(args)
     law = planner.law
-    text = planner.text
-    print(f"{text.n_tokens:,} training tokens, vocabulary of {text.tokenizer.vocab_size}, {planner.device}")
+    print(f"{planner.text.n_tokens:,} training tokens, vocabulary of {planner.text.tokenizer.vocab_size}, "
+          f"{planner.device}")
     print(f"law: loss = {law['E']:.3g} + {law['A']:.4g} / N^{law['alpha']:.3g} + {law['B']:.4g} / "
           f"D^{law['beta']:.3g}, {planner.which_law}")
     print(f"{'shape':11}{'parameters':>14}{'tokens/s':>12} {'tokens':>14}{'epochs':>9}{'loss':>9}{'GB':>9}")
@@ -379,21 +377,23 @@ def main(args):
           f"{on_meta(best.model).n_params():,} parameters")
     print(f"step:   {train['gradient_accumulation_steps']} x {train['batch_size']} rows of "
           f"{best.model.block_size} tokens, learning rate {train['learning_rate']:g}, then linear to 0")
-    epochs = best.tokens / text.n_tokens
-    print(f"run:    about {steps:,} steps, {best.tokens:,.0f} tokens, {epochs:.1f} epochs; dropout "
-          f"{train['dropout']}; {best.memory / 1e9:.2f} GB of memory, without Python's own")
+    epochs = best.tokens / planner.text.n_tokens
+    print(f"run:    about {steps:,} steps, {best.tokens:,.0f} tokens, {epochs:.1f} epochs; weight decay "
+          f"{train['weight_decay']}; {best.memory / 1e9:.2f} GB of memory, without Python's own")
     print(f"expect: validation loss {best.loss:.3f} after {seconds / 60:.1f} minutes; started now, at {ends}")
+    if args.minutes and seconds < 59 * args.minutes:
+        print("this text is too short to use all of the time: read more often, it would be learnt by heart")
     if args.write:
         write(args.model_config, model)
         write(args.train_config, train)
     print("written; now run python train.py -t pretrain" if args.write else
           "add --write to put this into model_config.json and config_pretrain.json")
     print_json({"model": model, "train": train, "parameters": on_meta(best.model).n_params(), "steps": steps,
-                "tokens": best.tokens, "epochs": epochs, "expected_loss": best.loss,
-                "tokens_per_second": best.tokens_per_second, "memory_gb": best.memory / 1e9,
-                "minutes": seconds / 60, "ends_at": ends, "law": law, "which_law": planner.which_law,
-                "device": str(planner.device), "written": args.write,
-                "losses": {f"{c.model.n_layer}x{c.model.n_embd}": c.loss for c in found}})
+                "tokens": best.tokens, "epochs": epochs, "tokens_per_second": best.tokens_per_second,
+                "expected_loss": best.loss, "memory_gb": best.memory / 1e9, "minutes": seconds / 60,
+                "ends_at": ends, "law": law, "which_law": planner.which_law, "device": str(planner.device),
+                "losses": {f"{c.model.n_layer}x{c.model.n_embd}": c.loss for c in found},
+                "written": args.write})
 
 
 if __name__ == "__main__":

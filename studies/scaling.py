@@ -15,6 +15,7 @@ line on standard output is one JSON object.
 """
 
 import json
+import math
 import os
 import re
 import statistics
@@ -28,9 +29,9 @@ STUDY = dict(batch_size=4, gradient_accumulation_steps=1, warmup_iters=10, min_l
              embedding_lr=1.0, max_steps=1000000, max_minutes=0.0, save_interval=1000000, eval_iters=1,
              from_checkpoint="")
 # Fields that the study sets itself, or that mean nothing to it.
-UNUSED_FIELDS = ("n_layer", "n_embd", "n_head", "vocab_size", "max_steps", "eval_interval", "eval_iters",
-                 "lr_decay_iters", "max_minutes", "save_interval", "log_interval", "from_checkpoint",
-                 "backend", "timeout_minutes")
+UNUSED_FIELDS = ("n_layer", "n_embd", "n_head", "vocab_size", "weight_decay", "max_steps", "eval_interval",
+                 "eval_iters", "lr_decay_iters", "max_minutes", "save_interval", "log_interval",
+                 "from_checkpoint", "backend", "timeout_minutes")
 # Runs with other values of these still belong to one study.
 MAY_CHANGE = {"device", "dtype", "sdp_kernel", "compile", *UNUSED_FIELDS} - {"n_embd", "n_head"}
 RUN_KEYS = {"shape", "steps", "n", "tokens", "epochs", "loss", "seconds", "settings"}
@@ -60,11 +61,18 @@ def command_line():
     for layers, width in args.shapes:
         heads = max(1, width * model.n_head // model.n_embd)
         replace(model, n_layer=layers, n_embd=width, n_head=heads).validate(f"--shapes {layers}x{width}")
-    step = train.batch_size * train.gradient_accumulation_steps * model.block_size
-    args.steps = list(dict.fromkeys(max(1, round(tokens / step)) for tokens in args.tokens))
-    for steps in args.steps:
-        replace(train, max_steps=steps).validate(f"--tokens, {steps} steps of {step}")
+    for tokens in args.tokens:
+        rows, steps = split_tokens(tokens, train, model.block_size)
+        replace(train, max_steps=steps).validate(f"--tokens, {steps} steps of {rows * model.block_size}")
     return args
+
+
+def split_tokens(tokens, config, block_size):
+    """Rows in a pass and steps of a run of about `tokens`. As in plan.py, steps grow where there would be
+    more than some 2,000 of them."""
+    in_a_row = config.gradient_accumulation_steps * block_size
+    rows = config.batch_size * 2 ** max(0, int(math.log2(tokens / 2000 / (config.batch_size * in_a_row))))
+    return rows, max(1, round(tokens / (rows * in_a_row)))
 
 
 def parse_shape(text):
@@ -80,20 +88,33 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from plan import PreparedText, effective_tokens, learning_rate_at, on_meta, predict, with_shape
+from plan import (
+    PreparedText,
+    effective_tokens,
+    learning_rate_at,
+    on_meta,
+    predict,
+    weight_decay_for,
+    with_shape,
+)
 from strategy import SingleProcess
 from studies.grid import append_run, progress, read_runs, save_plot, train_run
 
 
-def make_grid(args):
-    """The runs of the study: (name of the shape, ModelConfig, TrainConfig)."""
+def make_grid(args, text):
+    """The runs of the study: (name of the shape, ModelConfig, TrainConfig, tokens), no two alike."""
     grid = []
     for layers, width in args.shapes:
-        model = with_shape(args.model, layers, width)
+        model = with_shape(replace(args.model, vocab_size=text.tokenizer.vocab_size), layers, width)
+        n = on_meta(model).n_multiplied()
         learning_rate = learning_rate_at(width, args.train.learning_rate, args.model.n_embd)
-        for steps in args.steps:
-            config = replace(args.train, max_steps=steps, eval_interval=steps, learning_rate=learning_rate)
-            grid.append((f"{layers}x{width}", model, config))
+        for rows, steps in dict.fromkeys(split_tokens(tokens, args.train, model.block_size)
+                                         for tokens in args.tokens):
+            tokens = rows * args.train.gradient_accumulation_steps * model.block_size * steps
+            config = replace(args.train, batch_size=rows, max_steps=steps, eval_interval=steps,
+                             learning_rate=learning_rate,
+                             weight_decay=weight_decay_for(n, tokens, text.n_tokens))
+            grid.append((f"{layers}x{width}", model, config, tokens))
     return grid
 
 
@@ -108,17 +129,12 @@ def train_grid(args, path):
     runs = [run for run in found if run["settings"] == settings]
     if len(found) > len(runs):
         print(f"{path}: {len(found) - len(runs)} runs with other settings or data are left out")
-    grid = make_grid(args)
-    planned = [(name, config.max_steps) for name, _, config in grid]
-    planned += [(run["shape"], run["steps"]) for run in runs]
+    grid = make_grid(args, text)
+    done = {(run["shape"], run["tokens"]) for run in runs}
+    planned = {*done, *((name, tokens) for name, _, _, tokens in grid)}
     if min(len(set(column)) for column in zip(*planned, strict=True)) < 3:
         raise InputError("a law needs three --shapes and three --tokens, those of earlier runs included")
-    done = {(run["shape"], run["steps"]) for run in runs}
-    todo = []
-    for name, model, config in grid:
-        model.vocab_size = text.tokenizer.vocab_size
-        if (name, config.max_steps) not in done:
-            todo.append((name, model, config))
+    todo = [(name, model, config) for name, model, config, tokens in grid if (name, tokens) not in done]
     todo.sort(key=lambda item: flops_of_step(*item[1:]) * item[2].max_steps)
     if todo:
         append_run(path, None)  # can it be written? better known before the work

@@ -143,6 +143,40 @@ def test_more_time_gives_a_larger_model_and_a_lower_loss(workspace, monkeypatch)
     assert losses[0] > losses[1] > losses[2]
 
 
+def test_a_text_that_is_too_short_for_the_time_is_not_learnt_by_heart(workspace, monkeypatch, capsys):
+    monkeypatch.setattr(plan.Planner, "measure", lambda self, model, config: (1e7, 1e6))
+    for minutes in (1, 100):
+        args = plan.command_line(["--minutes", str(minutes)], root=str(workspace.path))
+        plan.main(args)
+        lines = capsys.readouterr().out.splitlines()
+        result = json.loads(lines[-1])
+        text = plan.Planner(args).text
+        model = ModelConfig(**{**result["model"], "vocab_size": text.tokenizer.vocab_size})
+        passes_times_size = result["epochs"] * plan.on_meta(model).n_multiplied() / text.n_tokens
+        assert passes_times_size <= 1.01 * plan.PASSES
+        assert result["train"]["max_minutes"] == pytest.approx(result["minutes"], abs=0.2)
+        assert any("too short to use all of the time" in line for line in lines) == \
+            (result["minutes"] < 0.98 * minutes)
+    assert result["minutes"] < 50
+
+
+def test_a_plan_is_measured_with_the_settings_that_it_writes(workspace, planned, monkeypatch):
+    """Dropout, say, makes a step on a CPU 1.6 times as long."""
+    workspace.configure("config_pretrain.json", dropout=0.3)
+    measured = {}
+
+    def measure(self, model, config):
+        measured[model.n_embd] = config
+        return 1e11 / plan.on_meta(model).flops_per_token(), 1e6
+
+    monkeypatch.setattr(plan.Planner, "measure", measure)
+    result = planned("--minutes", 1)
+    config = measured[result["model"]["n_embd"]]
+    for name in ("dropout", "optimizer", "batch_size", "gradient_accumulation_steps"):
+        assert result["train"][name] == getattr(config, name), name
+    assert result["train"]["weight_decay"] == pytest.approx(config.weight_decay, rel=0.05)
+
+
 def test_a_model_that_could_learn_the_text_by_heart_is_not_chosen(workspace, monkeypatch):
     monkeypatch.setattr(plan.Planner, "measure", lambda self, model, config: (1e9, 1e6))
     planner = plan.Planner(plan.command_line(["--minutes", "60"], root=str(workspace.path)))
@@ -151,10 +185,11 @@ def test_a_model_that_could_learn_the_text_by_heart_is_not_chosen(workspace, mon
     assert 200_000 < max(sizes) <= 300_000
 
 
-def test_dropout_comes_with_repeats_of_a_text_that_the_model_could_memorise():
-    assert plan.dropout_for(n=1e6, epochs=2, unique=1e6) == 0
-    assert plan.dropout_for(n=1e5, epochs=20, unique=1e6) == 0
-    assert 0 < plan.dropout_for(1e6, 8, 1e6) < plan.dropout_for(1e6, 40, 1e6) <= 0.2
+def test_weight_decay_grows_where_a_model_could_memorise_the_text():
+    assert plan.weight_decay_for(1e6, 0.5e6, 1e6) == 0.1  # read once at most
+    assert plan.weight_decay_for(1e5, 10e6, 1e6) == 0.1  # too small
+    assert 0.1 < plan.weight_decay_for(1e6, 4e6, 1e6) < plan.weight_decay_for(1e6, 8e6, 1e6) < 1
+    assert plan.weight_decay_for(1e6, 1e8, 1e6) == 1
 
 
 @pytest.mark.parametrize("words, message", [

@@ -152,6 +152,21 @@ def test_a_damaged_line_is_named(tmp_path):
             read_runs(path, scaling.RUN_KEYS)
 
 
+def test_long_runs_have_larger_steps_and_repeated_text_more_weight_decay(scripts_here):
+    with scripts_here.here("scaling.py", "--shapes", "1x8", "2x64", "--tokens", "8192", "4000000"):
+        args = scaling.command_line()
+    text = scaling.PreparedText(args.train, str(scripts_here.path), args.model.block_size)
+    grid = {(name, tokens): config for name, _, config, tokens in scaling.make_grid(args, text)}
+    in_a_step = {key: config.batch_size * args.model.block_size for key, config in grid.items()}
+    for (_, tokens), config in grid.items():
+        assert tokens == pytest.approx(config.max_steps * config.batch_size * args.model.block_size)
+    short, long = sorted({tokens for _, tokens in grid})
+    assert long == pytest.approx(4e6, rel=0.01)
+    assert in_a_step["1x8", short] == args.train.batch_size * args.model.block_size
+    assert 1000 < in_a_step["1x8", long] <= 2048 and grid["1x8", long].max_steps < 4000
+    assert grid["1x8", short].weight_decay == 0.1 < grid["2x64", long].weight_decay
+
+
 def test_a_repeated_token_is_worth_less_than_a_new_one():
     assert effective_tokens(5e5, 1e6) == 5e5
     assert effective_tokens(1e6, 1e6) == 1e6
