@@ -83,7 +83,7 @@ from strategy import FOLDED_TOKENS, SingleProcess, load_step
 from tokenizer import Tokenizer
 from train import accumulate_gradients
 
-# Fitted by studies.scaling to 256-token windows of these texts with SHAPE and RECIPE (docs/scaling.md).
+# Fitted to the runs in docs/scaling.md: 256-token windows of these texts, with SHAPE and RECIPE.
 LAWS = {
     "Tiny Shakespeare": {"vocab_size": 71, "E": 0.8503, "A": 18.04, "B": 154.3, "alpha": 0.3152,
                          "beta": 0.4285},

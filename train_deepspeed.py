@@ -169,11 +169,12 @@ class Zero(DataParallel):
                 raise InputError(f"{self.where}: {key} is {value}, but {ours[key][1]} in the training "
                                  f"settings makes it {ours[key][0]}; leave it out there")
             merged[key] = given
-        # Small gradients vanish when they are summed in bfloat16.
-        merged.setdefault("data_types", {"grad_accum_dtype": "fp32"})
         zero = merged.get("zero_optimization", {})
-        if zero.get("stage", 0) and self.device.type == "cuda":
-            merged["zero_optimization"] = {"overlap_comm": True, **zero}
+        if zero.get("stage", 0):  # stage 0 sums gradients in the type of the weights and refuses another
+            # Small gradients vanish when they are summed in bfloat16.
+            merged.setdefault("data_types", {"grad_accum_dtype": "fp32"})
+            if self.device.type == "cuda":
+                merged["zero_optimization"] = {"overlap_comm": True, **zero}
         return merged
 
     def autocast(self):

@@ -63,15 +63,19 @@ def command_line():
         replace(model, n_layer=layers, n_embd=width, n_head=heads).validate(f"--shapes {layers}x{width}")
     for tokens in args.tokens:
         rows, steps = split_tokens(tokens, train, model.block_size)
-        replace(train, max_steps=steps).validate(f"--tokens, {steps} steps of {rows * model.block_size}")
+        in_a_step = rows * train.gradient_accumulation_steps * model.block_size
+        replace(train, max_steps=steps).validate(f"--tokens, {steps} steps of {in_a_step}")
     return args
 
 
 def split_tokens(tokens, config, block_size):
-    """Rows in a pass and steps of a run of about `tokens`. As in plan.py, steps grow where there would be
-    more than some 2,000 of them."""
+    """Rows in a pass and number of steps of a run of about `tokens`.
+
+    A step has batch_size rows, doubled until there are fewer than 4,000 steps: plan.step_tokens begins at a
+    fixed size instead, and needs torch, which the command line must not wait for."""
     in_a_row = config.gradient_accumulation_steps * block_size
-    rows = config.batch_size * 2 ** max(0, int(math.log2(tokens / 2000 / (config.batch_size * in_a_row))))
+    steps = tokens / (config.batch_size * in_a_row)
+    rows = config.batch_size * 2 ** int(math.log2(max(1, steps / 2000)))
     return rows, max(1, round(tokens / (rows * in_a_row)))
 
 

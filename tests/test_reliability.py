@@ -207,11 +207,13 @@ train_deepspeed.run_rank(main)
 """
 
 
-@pytest.mark.parametrize("zero", [{"stage": 0}, {"stage": 2},
-                                  {"stage": 3, "stage3_param_persistence_threshold": 0}], ids=["0", "2", "3"])
-def test_a_bad_gradient_on_one_rank_stops_deepspeed_before_the_step(workspace, zero):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("zero", [{"stage": 0}, {"stage": 1}, {"stage": 2},
+                                  {"stage": 3, "stage3_param_persistence_threshold": 0}], ids="0123")
+def test_a_bad_gradient_on_one_rank_stops_deepspeed_before_the_step(workspace, zero, dtype):
     (workspace.path / "poison.py").write_text(POISONED_GRADIENT)
-    end_with_the_first(workspace.start_ranks(2, "poison.py", json.dumps(zero), server=forks("deepspeed")))
+    end_with_the_first(workspace.start_ranks(2, "poison.py", json.dumps(zero), "--dtype", dtype,
+                                             server=forks("deepspeed")))
     assert workspace.output().count("gradient norm nan; no step taken") == 1
     assert "a step was taken" not in workspace.output()
     assert sorted(path.name for path in workspace.path.glob("checkpoint/*")) == \

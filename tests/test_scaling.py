@@ -135,6 +135,7 @@ def test_a_study_that_is_interrupted_keeps_its_runs_and_goes_on(workspace):
     (["--shapes", "2x"], "--shapes 2x: must be layers x width, such as 2x96"),
     (["--shapes", "1x9"], "--shapes 1x9: use_rope needs an even head size"),
     (["--tokens", "100"], "--tokens, 1 steps of 128: warmup_iters 10 must be below"),
+    (["--tokens", "0"], "--tokens, 1 steps of 128: warmup_iters 10 must be below"),
     (["--n_embd", "64"], "unrecognized arguments: --n_embd"),
     (["--shapes", "1x8", "1x16", "--tokens", "2048"], "a law needs three --shapes and three --tokens"),
     (["--out", "nowhere/study"], "nowhere/study.jsonl: cannot be written"),
