@@ -27,8 +27,8 @@ from config import ROOT, ModelConfig, Parser, TrainConfig, check_files, load_con
 from script import InputError, atomic_write, before_imports, print_json, run_script
 
 # The models to choose from, layers and width. Heads are 64 wide where the width allows it.
-LADDER = ((1, 32), (1, 64), (2, 96), (3, 128), (4, 192), (4, 256), (6, 384), (8, 512), (10, 640), (12, 768),
-          (16, 1024), (24, 1536))
+LADDER = ((1, 32), (1, 64), (2, 96), (3, 128), (4, 192), (4, 256), (5, 320), (6, 384), (8, 512), (10, 640),
+          (12, 768), (16, 1024), (24, 1536))
 # What the laws were fitted with, and what other programs can run (see export.py).
 SHAPE = dict(n_kv_head=0, activation="relu2", qk_norm=True, use_rope=True, n_prev=0, bias=False,
              is_causal=True, final_norm="rmsnorm")
@@ -85,22 +85,24 @@ from train import accumulate_gradients
 
 # Fitted to the runs in docs/scaling.md: 256-token windows of these texts, with SHAPE and RECIPE.
 LAWS = {
-    "Tiny Shakespeare": {"vocab_size": 71, "E": 0.8503, "A": 18.04, "B": 154.3, "alpha": 0.3152,
-                         "beta": 0.4285},
-    "amateur radio": {"vocab_size": 2096, "E": 1.0395, "A": 2805, "B": 33.62, "alpha": 0.6892,
-                      "beta": 0.2127},
+    "Tiny Shakespeare": {"vocab_size": 71, "E": 0.923, "A": 131.1, "B": 61.62, "alpha": 0.521, "beta": 0.351},
+    "amateur radio": {"vocab_size": 2096, "E": 0.497, "A": 1050, "B": 32.67, "alpha": 0.593, "beta": 0.1954},
 }
-REPEATS = 15.4  # a token that is read again is worth less and less (Muennighoff et al. 2023, R*_D)
-MEMORISING = 3  # parameters per training token; larger models learn the text by heart, which no law foresees
-PASSES = 20  # over the text, for a parameter per token; more bring nothing but memorising (docs/scaling.md)
+PASSES = 20  # over the text, at most; many more bring nothing but memorising (docs/scaling.md)
+MEMORISING = 6  # parameters per training token, at most; with more, the same happens sooner
 
 
-def effective_tokens(tokens, unique):
-    """How many new tokens are worth as much as reading `unique` tokens `tokens / unique` times.
+def saturating(amount, enough, limit):
+    """`amount` up to `enough`; of what is above, at most `limit` × `enough` (Muennighoff et al. 2023)."""
+    excess = np.maximum(0.0, np.asarray(amount) / enough - 1)
+    return np.minimum(amount, enough) + enough * limit * (1 - np.exp(-excess / limit))
 
-    Muennighoff et al. 2023, equation 5: U + U R* (1 - exp(-R / R*)) with R repetitions."""
-    repetitions = np.maximum(0.0, np.asarray(tokens) / unique - 1)
-    return np.minimum(tokens, unique) + unique * REPEATS * (1 - np.exp(-repetitions / REPEATS))
+
+def effective(n, tokens, unique):
+    """What n parameters and `tokens` tokens are worth if the text has only `unique` tokens, read repeatedly.
+
+    The limit of 5.3 is that of the paper; the other, 15.4 there, was fitted with the laws."""
+    return saturating(n, unique, 5.3), saturating(tokens, unique, 8.0)
 
 
 def predict(law, n, d):
@@ -109,10 +111,9 @@ def predict(law, n, d):
 
 
 def choose_law(root, vocab_size, n_tokens):
-    """The law for this text, and words that say which one it is.
-
-    First choice: the law that studies.scaling fitted to this text and this kind of model. Otherwise the
-    shipped law whose vocabulary is nearest in size: the alphabet decides most of the loss."""
+    """The law that studies.scaling fitted to this text and kind of model; else the shipped one whose
+    vocabulary is nearest in size, as the alphabet decides most of the loss. And words that say which it is.
+    """
     path = os.path.join(root, "scaling.json")
     if os.path.isfile(path):
         study = read_json(path)
@@ -124,17 +125,17 @@ def choose_law(root, vocab_size, n_tokens):
                         "nearest; python -m studies.scaling fits one to your text")
 
 
-def weight_decay_for(n, tokens, unique):
-    """The usual 0.1, and up to 1 where n parameters could memorise a text of `unique` tokens.
-
-    Measured in docs/scaling.md: better than dropout, which makes a step on a CPU 1.6 times as long."""
-    return float(np.clip(n * tokens / unique**2 / PASSES, 0.1, 1.0))
+def weight_decay_for(n, tokens, unique, learning_rate, in_a_step):
+    """The usual 0.1, or more where n parameters could memorise a text of `unique` tokens that is read again:
+    then they forget within about a pass, as learning rate × decay × steps in a pass is near 1 (a timescale
+    as in Wang & Aitchison 2024; docs/scaling.md). in_a_step: tokens in a step."""
+    in_a_pass = min(1.6, math.sqrt(n * tokens) / (4 * unique))
+    return max(0.1, in_a_pass * in_a_step / (learning_rate * unique))
 
 
 def learning_rate_at(width, learning_rate=LEARNING_RATE, at_width=AT_WIDTH):
-    """The learning rate of a model `width` wide, given that of one `at_width` wide: in inverse proportion.
-
-    As in μP (Yang et al. 2022) for the hidden matrices; measured in docs/scaling.md."""
+    """The learning rate of a model `width` wide, given that of one `at_width` wide: in inverse proportion, as
+    in μP (Yang et al. 2022) for the hidden matrices; measured in docs/scaling.md."""
     return learning_rate * at_width / width
 
 
@@ -152,10 +153,9 @@ def step_tokens(tokens, block_size):
 
 
 def memory_bytes(model_config, tokens, is_half):
-    """An estimate of the bytes that training takes with `tokens` tokens in a pass, without Python itself.
-
-    Weights, gradients and two moments in float32, and what a pass keeps for its backward pass; the factors
-    are measured. is_half: are matrix products in bfloat16 or float16?"""
+    """An estimate of the bytes that training takes with `tokens` tokens in a pass, without Python itself:
+    weights, gradients, two moments, and what a pass keeps for its backward pass; the factors are measured.
+    is_half: are matrix products in bfloat16 or float16?"""
     c = model_config
     per_token = c.n_embd * (c.n_layer * (40 if is_half else 62) + 50) + c.vocab_size * (12 if is_half else 16)
     return on_meta(c).n_params() * (18 if is_half else 16) + tokens * per_token
@@ -224,8 +224,7 @@ class Planner:
 
     def tokens_for(self, n, tokens_per_second):
         """How many tokens a model of n parameters reads."""
-        unique = self.text.n_tokens
-        most = unique * max(1, PASSES * unique / n)
+        most = PASSES * self.text.n_tokens
         if self.args.minutes:
             return min(most, self.training_seconds() * tokens_per_second)
         if self.args.tokens:
@@ -273,12 +272,12 @@ class Planner:
         return speed, torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
 
     def candidate(self, layers, width):
-        """The Candidate with this shape, or None if it does not fit into the memory or is too large for the
-        text."""
+        """The Candidate with this shape, or None if it is too large for the memory or the text."""
         base = replace(self.args.model, n_embd=AT_WIDTH, n_head=4, vocab_size=self.text.tokenizer.vocab_size)
         model = with_shape(base, layers, width)
         n = on_meta(model).n_multiplied()
-        if n > MEMORISING * self.text.n_tokens and (layers, width) != LADDER[0]:
+        unique = self.text.n_tokens
+        if n > MEMORISING * unique and (layers, width) != LADDER[0]:
             return None
         flops_per_token = on_meta(model).flops_per_token()
         speed = (self.flops or 1e10) / flops_per_token  # a guess, to begin with
@@ -291,9 +290,10 @@ class Planner:
             if step is None:
                 return None
             rows, passes = step
+            rate = learning_rate_at(width)
+            decay = weight_decay_for(n, tokens, unique, rate, rows * passes * model.block_size)
             config = replace(self.args.train, batch_size=rows, gradient_accumulation_steps=passes,
-                             learning_rate=learning_rate_at(width),
-                             weight_decay=weight_decay_for(n, tokens, self.text.n_tokens))
+                             learning_rate=rate, weight_decay=decay)
             memory = memory_bytes(model, rows * model.block_size, self.is_half)
             seconds = 4 * rows * passes * model.block_size / speed
             is_late = self.flops and time.perf_counter() + max(2, seconds) > self.deadline
@@ -303,7 +303,7 @@ class Planner:
             memory = peak or memory
             self.flops = speed * flops_per_token
             is_measured = True
-        loss = float(predict(self.law, n, effective_tokens(tokens, self.text.n_tokens)))
+        loss = float(predict(self.law, *effective(n, tokens, unique)))
         return Candidate(model, config, speed, is_measured, tokens, loss, memory)
 
     def candidates(self):

@@ -94,7 +94,7 @@ import numpy as np
 
 from plan import (
     PreparedText,
-    effective_tokens,
+    effective,
     learning_rate_at,
     on_meta,
     predict,
@@ -115,9 +115,9 @@ def make_grid(args, text):
         for rows, steps in dict.fromkeys(split_tokens(tokens, args.train, model.block_size)
                                          for tokens in args.tokens):
             tokens = rows * args.train.gradient_accumulation_steps * model.block_size * steps
+            decay = weight_decay_for(n, tokens, text.n_tokens, learning_rate, tokens / steps)
             config = replace(args.train, batch_size=rows, max_steps=steps, eval_interval=steps,
-                             learning_rate=learning_rate,
-                             weight_decay=weight_decay_for(n, tokens, text.n_tokens))
+                             learning_rate=learning_rate, weight_decay=decay)
             grid.append((f"{layers}x{width}", model, config, tokens))
     return grid
 
@@ -225,7 +225,7 @@ def best_in(law, runs, seconds):
     # Between the sizes of the runs along the lines in log-log; beyond, in proportion to n.
     cost = np.exp(np.interp(np.log(n), np.log(sizes), np.log(seconds_per_token)))
     tokens = seconds / (cost * np.maximum(1, n / sizes[-1]))
-    loss = predict(law, n, effective_tokens(tokens, unique))
+    loss = predict(law, *effective(n, tokens, unique))
     best = loss.argmin()
     return {"n": n[best], "tokens": tokens[best], "epochs": tokens[best] / unique, "loss": loss[best]}
 
@@ -234,7 +234,7 @@ def study(runs, path, picture):
     """Fit the law to the runs, test it, plot it, and print tables. Returns a dict for the JSON line."""
     runs = sorted(runs, key=lambda run: (run["n"], run["tokens"]))
     n, tokens, loss = (np.array([run[key] for run in runs], float) for key in ("n", "tokens", "loss"))
-    d = effective_tokens(tokens, runs[0]["settings"]["training_tokens"])
+    n, d = effective(n, tokens, runs[0]["settings"]["training_tokens"])
     law = fit_law(n, d, loss)
     if law is None:
         raise InputError(f"{path}: its losses do not fall with parameters and tokens, so no law fits")

@@ -150,10 +150,7 @@ def test_a_text_that_is_too_short_for_the_time_is_not_learnt_by_heart(workspace,
         plan.main(args)
         lines = capsys.readouterr().out.splitlines()
         result = json.loads(lines[-1])
-        text = plan.Planner(args).text
-        model = ModelConfig(**{**result["model"], "vocab_size": text.tokenizer.vocab_size})
-        passes_times_size = result["epochs"] * plan.on_meta(model).n_multiplied() / text.n_tokens
-        assert passes_times_size <= 1.01 * plan.PASSES
+        assert result["epochs"] <= 1.01 * plan.PASSES
         assert result["train"]["max_minutes"] == pytest.approx(result["minutes"], abs=0.2)
         assert any("too short to use all of the time" in line for line in lines) == \
             (result["minutes"] < 0.98 * minutes)
@@ -182,14 +179,20 @@ def test_a_model_that_could_learn_the_text_by_heart_is_not_chosen(workspace, mon
     planner = plan.Planner(plan.command_line(["--minutes", "60"], root=str(workspace.path)))
     planner.text.n_tokens = 100_000
     sizes = [plan.on_meta(candidate.model).n_multiplied() for candidate in planner.candidates()]
-    assert 200_000 < max(sizes) <= 300_000
+    assert 200_000 < max(sizes) <= 600_000
 
 
 def test_weight_decay_grows_where_a_model_could_memorise_the_text():
-    assert plan.weight_decay_for(1e6, 0.5e6, 1e6) == 0.1  # read once at most
-    assert plan.weight_decay_for(1e5, 10e6, 1e6) == 0.1  # too small
-    assert 0.1 < plan.weight_decay_for(1e6, 4e6, 1e6) < plan.weight_decay_for(1e6, 8e6, 1e6) < 1
-    assert plan.weight_decay_for(1e6, 1e8, 1e6) == 1
+    def decay(n, tokens, unique=1e6, rate=4e-3, in_a_step=4096):
+        return plan.weight_decay_for(n, tokens, unique, rate, in_a_step)
+
+    assert decay(1e5, 1e6) == 0.1  # the text is read once
+    assert decay(1e4, 10e6) == 0.1  # too small
+    assert 0.1 < decay(1e6, 4e6) < decay(1e6, 8e6) < decay(2e6, 8e6)
+    assert decay(1e7, 1e8) == decay(1e7, 2e8)  # forgetting faster would be learning less
+    # What a pass over the text forgets stays the same with another learning rate or step.
+    assert decay(2e6, 8e6, rate=2e-3) == pytest.approx(2 * decay(2e6, 8e6))
+    assert decay(2e6, 8e6, in_a_step=8192) == pytest.approx(2 * decay(2e6, 8e6))
 
 
 @pytest.mark.parametrize("words, message", [
