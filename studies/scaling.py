@@ -10,8 +10,8 @@ others follow plan.py's rule, and their heads have about the same size. A run th
 scaling.jsonl; started again, the script trains what is missing. To all runs it fits
 loss = E + A / N^alpha + B / D^beta, writes the law to scaling.json (where plan.py finds it), and prints which
 model, on how many tokens, is best for an hour of this machine. N counts the parameters that every token is
-multiplied with, D the tokens read; a token that is read again counts less (Muennighoff et al. 2023). The last
-line on standard output is one JSON object.
+multiplied with, D the tokens read; tokens that are read again, and parameters above one for each token of the
+text, count less (Muennighoff et al. 2023). The last line on standard output is one JSON object.
 """
 
 import json

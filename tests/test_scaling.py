@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+import plan
 from plan import effective
 from script import InputError
 from studies import scaling
@@ -159,8 +160,11 @@ def test_long_runs_have_larger_steps_and_repeated_text_more_weight_decay(scripts
     text = scaling.PreparedText(args.train, str(scripts_here.path), args.model.block_size)
     grid = {(name, tokens): config for name, _, config, tokens in scaling.make_grid(args, text)}
     in_a_step = {key: config.batch_size * args.model.block_size for key, config in grid.items()}
-    for (_, tokens), config in grid.items():
-        assert tokens == pytest.approx(config.max_steps * config.batch_size * args.model.block_size)
+    for name, model, config, tokens in scaling.make_grid(args, text):
+        assert tokens == pytest.approx(config.max_steps * in_a_step[name, tokens])
+        assert config.weight_decay == pytest.approx(plan.weight_decay_for(
+            plan.on_meta(model).n_multiplied(), tokens, text.n_tokens, config.learning_rate,
+            in_a_step[name, tokens]))
     short, long = sorted({tokens for _, tokens in grid})
     assert long == pytest.approx(4e6, rel=0.01)
     assert in_a_step["1x8", short] == args.train.batch_size * args.model.block_size
