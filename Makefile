@@ -20,7 +20,7 @@ $(VENV)/installed: requirements.txt constraints.txt
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(PY) -m pip install -c constraints.txt pytest pytest-xdist ruff hypothesis
+	$(PY) -m pip install -c constraints.txt pytest pytest-xdist ruff hypothesis "triton; sys_platform == 'linux'"
 	touch $@
 
 demo: $(VENV)/installed

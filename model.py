@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from config import IGNORE, ModelConfig
 from cpu import fused
-from device import has_flex_attention
+from device import can_compile, has_flex_attention
 from documents import block_mask_of, documents_of, flex_attention, positions_in
 from script import InputError
 
@@ -63,6 +63,19 @@ class KVCache:
         return torch.arange(S, device=self.k.device) <= columns[:, None], columns
 
 
+def gpu_kernels(device):
+    """The module gpu.fused, or None where Triton cannot run."""
+    if not can_compile(device):
+        return None
+    import gpu.fused  # it needs Triton, which is not everywhere
+    return gpu.fused
+
+
+def in_bfloat16(device_type):
+    """Are products computed in bfloat16 at the moment?"""
+    return torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) is torch.bfloat16
+
+
 def rope_table(length, head_size, theta):
     """cos and sin of the rotation angles, two tensors (length, hs / 2)."""
     # In double precision: at the last positions of a long context, float32 would lose digits of the angle.
@@ -84,7 +97,7 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x):
         if fused.can_fuse(x, torch.float32):
             return fused.RMSNorm.apply(x, self.weight, self.eps)
-        return super().forward(x)
+        return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps)
 
 
 class Attention(nn.Module):
@@ -103,7 +116,8 @@ class Attention(nn.Module):
         self.head_size = config.n_embd // config.n_head
         self.qk_norm = config.qk_norm
         self.norm_eps = config.norm_eps
-        self.is_on_gpu = self.is_on_mps = self.has_flash = False  # GPT sets them
+        self.is_on_gpu = self.is_on_mps = self.has_flash = False  # GPT sets these
+        self.gpu_heads = None
         # One product makes queries, keys and values, in this order.
         width = (self.n_head + 2 * self.n_kv_head) * self.head_size
         self.c_attn = nn.Linear(config.n_embd, width, bias=config.bias)
@@ -116,6 +130,10 @@ class Attention(nn.Module):
             angles = torch.complex(*rope) if rope is not None else None
             eps = self.norm_eps if self.qk_norm else None
             return fused.Heads.apply(qkv, angles, self.n_head, self.n_kv_head, eps)
+        if self.gpu_heads is not None:
+            cos, sin = rope or (None, None)
+            eps = self.norm_eps if self.qk_norm else None
+            return self.gpu_heads.apply(qkv, cos, sin, self.n_head, self.n_kv_head, eps)
         # Queries and keys are rotated and normalised together: half as many operations.
         qk, v = qkv.split([self.n_head + self.n_kv_head, self.n_kv_head], dim=2)
         if rope is not None:
@@ -247,11 +265,14 @@ class GPT(nn.Module):
             self.register_buffer("rope_sin", sin.to(self.device), persistent=False)
         # Asked here, since the compiler cannot trace the questions. FlexAttention wants heads of 16 or more.
         self.use_flex_attention = has_flex_attention(self.device) and head_size >= 16
-        is_cuda = self.device.type == "cuda"
+        self.is_on_gpu = is_cuda = self.device.type == "cuda"
+        kernels = gpu_kernels(self.device)
+        self.gpu_cross_entropy = kernels and kernels.CrossEntropy
         has_flash = is_cuda and torch.cuda.get_device_capability(self.device) >= (8, 0)
         for block in self.transformer["h"]:
             block.attn.is_on_gpu = is_cuda
             block.attn.is_on_mps = self.device.type == "mps"
+            block.attn.gpu_heads = kernels and kernels.Heads if head_size.bit_count() == 1 else None
             block.attn.has_flash = has_flash and torch.backends.cuda.flash_sdp_enabled()
 
     @property
@@ -279,7 +300,8 @@ class GPT(nn.Module):
         the cross-entropy summed over the others and divided by their number, 0 where there are none.
         documents: (B, T) numbers (`documents_of`): attention and positions stay inside each document.
         cache: tokens read before; the new ones are appended. last_only: logits of the last token alone.
-        Returns logits (B, T, V) or (B, 1, V), and the loss, a scalar (None without targets).
+        Returns logits (B, T, V) or (B, 1, V), without gradient where there are targets, and the loss, a
+        scalar (None without targets).
         Raises InputError for more tokens than block_size."""
         T = idx.size(1)
         past = cache.n_tokens if cache is not None else 0
@@ -300,6 +322,8 @@ class GPT(nn.Module):
         else:
             x = x + self.transformer["wpe"](positions)
         x = self.transformer["drop"](x)
+        if self.is_on_gpu and in_bfloat16(x.device.type):
+            x = x.bfloat16()  # what travels between the blocks, too: half the bytes (docs/log.md)
         for block in self.transformer["h"]:
             x = block(x, rope, mask, is_causal, cache)
         x = self.transformer["ln_f"](x)  # (B, T, C)
@@ -311,9 +335,13 @@ class GPT(nn.Module):
             return logits, None
         # In float32, where the sum of many exponentials keeps its digits. A batch without counted tokens has
         # loss 0 instead of NaN: in instruction data a whole micro-batch can be questions.
-        total = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE,
-                                reduction="sum")
-        return logits, total / (targets != IGNORE).sum().clamp(min=1)
+        if self.gpu_cross_entropy is not None:
+            total = self.gpu_cross_entropy.apply(logits.flatten(0, 1), targets.flatten(), IGNORE)
+        else:
+            total = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE,
+                                    reduction="sum")
+        # Only the loss has a gradient. For one of the logits too, the compiler would fill and add zeros.
+        return logits.detach(), total / (targets != IGNORE).sum().clamp(min=1)
 
     def _preceding(self, idx, documents, cache):
         """Sum of the embeddings of the tokens 1 … n_prev places before each token of idx, (B, T, C).

@@ -87,8 +87,7 @@ def fit(model, tokenizer, loader, val_loader, config, strategy, run):
     model: a GPT on the strategy's device. loader, val_loader: DataLoaders or alike. run: a Run; it is opened
     here. Returns a dict: step, val_loss, best_val_loss, tokens, seconds, signal, log."""
     # What the loop works with, and where it stands: at the beginning, or where a checkpoint was saved.
-    optimizer = build_optimizer(model, config, strategy.fast_bfloat16, strategy.rank, strategy.world_size,
-                                strategy.compiles)
+    optimizer = build_optimizer(model, config, strategy.fast_bfloat16, strategy.rank, strategy.world_size)
     trained = strategy.wrap(model, optimizer)  # compiled or distributed; `model` shares its weights
     torch.manual_seed(config.random_seed + 1000 * strategy.rank + 1)  # dropout: another one on each rank
     step = 0

@@ -86,6 +86,7 @@ from cpu.int8 import quantize
 from dataloader import DataLoader
 from device import has_fast_bfloat16, pick_device, pick_dtype, setup_device
 from generate import generate, prefill
+from generate_gpu import use_half_precision
 from model import GPT, KVCache
 from studies.speedrun import bench_speedrun
 from studies.timing import measure, medians, table, tensors
@@ -124,6 +125,7 @@ def bench_generate(args, device):
 
     first = "no cache, 1 sequence"
     ways = {first: lambda: uncached, "prefill": lambda: whole_prompt}
+    half = use_half_precision(copy.deepcopy(model))
     compiled = device.type == "cpu" and native.wait("decode.c")
     if compiled:
         small = copy.deepcopy(model)
@@ -131,6 +133,9 @@ def bench_generate(args, device):
     for rows in (1, 32):
         sequences = f"{rows} sequence{'s' if rows > 1 else ''}"
         ways[f"KV cache, PyTorch, {sequences}"] = lambda rows=rows: lambda: cached_in_pytorch(rows)
+        if device.type == "cuda":
+            kind = str(half.lm_head.weight.dtype).removeprefix("torch.")
+            ways[f"KV cache, graph, {kind}, {sequences}"] = lambda rows=rows: lambda: cached(rows, half)
         if compiled:
             ways[f"KV cache, decode.c, {sequences}"] = lambda rows=rows: lambda: cached(rows)
             ways[f"KV cache, decode.c, int8, {sequences}"] = lambda rows=rows: lambda: cached(rows, small)

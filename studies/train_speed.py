@@ -23,8 +23,7 @@ def our_step(args, device, dtype, optimizer="adamw", compile=False, next_batch=N
     """A training step of this project, and its model. next_batch: default: random tokens."""
     torch.manual_seed(0)
     model = GPT(args.model).to(device)
-    optimizers = build_optimizer(model, TrainConfig(optimizer=optimizer), has_fast_bfloat16(device),
-                                 compiles=compile)
+    optimizers = build_optimizer(model, TrainConfig(optimizer=optimizer), has_fast_bfloat16(device))
     trained = compile_model(model, device, one_pass=True) if compile else model
     return training_step(trained, optimizers, dtype, next_batch or random_batches(args, device)), model
 

@@ -25,6 +25,10 @@ sys.path.insert(0, str(REPO))
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: many small processes share few cores
 
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton: the kernels of gpu/ then run on the CPU
+
 from forks import Fork, Forks
 
 import config
@@ -41,7 +45,7 @@ from tokenizer import Tokenizer, encode_conversation
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
 
-PACKAGES = ("corpus", "cpu", "exports", "scoring", "studies", "web")
+PACKAGES = ("corpus", "cpu", "exports", "gpu", "scoring", "studies", "web")
 TINY = dict(block_size=32, n_layer=2, n_head=4, n_embd=32)
 TEXT = "".join(f"<|bos|>The letter {a} follows {b}. 字母{a}在{b}后面。<|eos|>\n"
                for a, b in zip("BCDEFGHIJKLMNOPQRSTUVWXYZ" * 8, "ABCDEFGHIJKLMNOPQRSTUVWXY" * 8, strict=True))

@@ -168,12 +168,16 @@ def test_no_tensor_is_made_on_another_device_than_the_models(tiny_model, values,
 
 @every_variant
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("is_fused", [True, False], ids=["fused", "formulas"])
-def test_types_under_autocast(tiny_model, values, dtype, is_fused, monkeypatch):
-    """Matrix products and attention in half precision; residual stream, loss and gradients in float32."""
-    if not is_fused:
+@pytest.mark.parametrize("way", ["fused", "formulas", "as on a GPU"])
+def test_types_under_autocast(tiny_model, values, dtype, way, monkeypatch):
+    """Matrix products and attention in half precision; loss and gradients in float32, and the residual
+    stream too, except on a GPU in bfloat16 (float16 has no room for large sums)."""
+    if way != "fused":
         monkeypatch.setattr(fused, "can_fuse", lambda x, *dtypes: False)
     model, idx, seen = tiny_model(**values), some_ids(), {}
+    model.is_on_gpu = way == "as on a GPU"
+    stream = torch.bfloat16 if model.is_on_gpu and dtype is torch.bfloat16 else torch.float32
+    expected = model(idx, idx)[1]
 
     def note(name):
         return lambda module, args, out: seen.update({name: out.dtype})
@@ -189,7 +193,8 @@ def test_types_under_autocast(tiny_model, values, dtype, is_fused, monkeypatch):
     with torch.autocast("cpu", dtype):
         logits, loss = model(idx, idx)
     loss.backward()
-    assert seen == dict(attention=dtype, mlp=dtype, q=dtype, k=dtype, v=dtype, block=torch.float32)
+    assert seen == dict(attention=dtype, mlp=dtype, q=dtype, k=dtype, v=dtype, block=stream)
+    torch.testing.assert_close(loss, expected, atol=0.02, rtol=0)
     assert logits.dtype == dtype and loss.dtype == torch.float32
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters()
                if p.grad is not None)

@@ -57,7 +57,8 @@ class Watched(train.SingleProcess):
 
 
 @pytest.mark.parametrize("words", [
-    ["--optimizer", "muon"], ["--optimizer", "adamw", "--grad_clip", 0], ["--optimizer", "muon", "-t", "sft"],
+    ["--optimizer", "muon"], ["--optimizer", "adamw", "--grad_clip", 0],
+    ["--optimizer", "muon", "-t", "sft", "--from_checkpoint", ""],
     ["--optimizer", "adamw", "--document_mask", "--dropout", 0.1],
 ], ids=lambda words: " ".join(map(str, words)))
 def test_a_step_reads_one_device_value(workspace, words):
@@ -160,7 +161,7 @@ def test_batches_are_padded_to_the_widest_and_what_is_added_carries_no_loss():
 
 @pytest.mark.parametrize("words, most", [
     (["-t", "pretrain"], 3), (["-t", "pretrain", "--document_mask"], 3),
-    (["-t", "sft", "--batch_size", 2], 8),
+    (["-t", "sft", "--from_checkpoint", "", "--batch_size", 2], 8),
 ], ids=lambda words: " ".join(map(str, words)) if isinstance(words, list) else str(words))
 def test_training_compiles_few_graphs(workspace, words, most):
     torch._dynamo.reset()
