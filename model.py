@@ -18,6 +18,7 @@ from config import IGNORE, ModelConfig
 from cpu import fused
 from device import can_compile, has_flex_attention
 from documents import block_mask_of, documents_of, flex_attention, positions_in
+from gpu import usable_kernels
 from script import InputError
 
 
@@ -61,14 +62,6 @@ class KVCache:
             return None, columns
         S = self.n_tokens + n_new
         return torch.arange(S, device=self.k.device) <= columns[:, None], columns
-
-
-def gpu_kernels(device):
-    """The module gpu.fused, or None where Triton cannot run."""
-    if not can_compile(device):
-        return None
-    import gpu.fused  # it needs Triton, which is not everywhere
-    return gpu.fused
 
 
 def in_bfloat16(device_type):
@@ -266,7 +259,7 @@ class GPT(nn.Module):
         # Asked here, since the compiler cannot trace the questions. FlexAttention wants heads of 16 or more.
         self.use_flex_attention = has_flex_attention(self.device) and head_size >= 16
         self.is_on_gpu = is_cuda = self.device.type == "cuda"
-        kernels = gpu_kernels(self.device)
+        kernels = usable_kernels(self.device) if can_compile(self.device) else None
         self.gpu_cross_entropy = kernels and kernels.CrossEntropy
         has_flash = is_cuda and torch.cuda.get_device_capability(self.device) >= (8, 0)
         for block in self.transformer["h"]:

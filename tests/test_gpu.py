@@ -1,10 +1,14 @@
 """The kernels for GPUs. Without a GPU, Triton's interpreter runs them on the CPU, on the same numbers."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CountedGraphs
 
+import gpu
+import model
 from config import IGNORE
 from cpu import fused as cpu_fused
 from documents import documents_of
@@ -89,22 +93,42 @@ def test_what_the_compiler_is_told_of_the_kernels_is_true():
                           (logits, targets, logits[:, 0].clone(), logits.sum(), IGNORE), test_utils=tests)
 
 
-def with_kernels(model):
+def test_kernels_are_used_only_where_they_run(tiny_model, monkeypatch, capsys):
+    """A model as on a GPU whose Triton works, and then as on one whose Triton cannot compile."""
+    monkeypatch.setattr(model, "can_compile", lambda device: True)
+    gpu.usable_kernels.cache_clear()
+    made = tiny_model()
+    assert made.gpu_cross_entropy is fused.CrossEntropy
+    assert all(block.attn.gpu_heads is fused.Heads for block in made.transformer["h"])
+    assert tiny_model(n_head=1, n_embd=24).transformer["h"][0].attn.gpu_heads is None  # no power of two
+    assert capsys.readouterr().out == ""
+    gpu.usable_kernels.cache_clear()
+    monkeypatch.setattr(fused, "cross_entropy_forward", mock.Mock(side_effect=OSError("no Python.h\nat all")))
+    made = tiny_model()
+    assert made.gpu_cross_entropy is None
+    assert all(block.attn.gpu_heads is None for block in made.transformer["h"])
+    tiny_model()
+    assert capsys.readouterr().out.splitlines() == [
+        "gpu/fused.py is not used, so this will be slower: OSError: no Python.h"]
+    gpu.usable_kernels.cache_clear()
+
+
+def with_kernels(made):
     """The model as it is on a GPU with Triton."""
-    model.to(DEVICE)
-    model.gpu_cross_entropy = fused.CrossEntropy
-    for block in model.transformer["h"]:
+    made.to(DEVICE)
+    made.gpu_cross_entropy = fused.CrossEntropy
+    for block in made.transformer["h"]:
         block.attn.gpu_heads = fused.Heads
-    return model
+    return made
 
 
-def without_kernels(model):
+def without_kernels(made):
     """The model as its formulas are written."""
-    model.to(DEVICE)
-    model.gpu_cross_entropy = None
-    for block in model.transformer["h"]:
+    made.to(DEVICE)
+    made.gpu_cross_entropy = None
+    for block in made.transformer["h"]:
         block.attn.gpu_heads = None
-    return model
+    return made
 
 
 @pytest.mark.parametrize("way", ["eager", "compiled", "documents"])
