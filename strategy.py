@@ -75,11 +75,16 @@ class SingleProcess:
             most = FOLDED_TOKENS // (self.config.batch_size * model.config.block_size)
             self.fold = max(n for n in range(1, accumulation + 1)
                             if accumulation % n == 0 and n <= max(1, most))
+        return self.compiled()
+
+    def compiled(self):
+        """The model as training calls it, compiled where that pays, for the number of passes in a step."""
         if not self.compiles:
-            return model
+            return self.model
         # A CUDA graph uses the same memory each time: a second pass would overwrite the first.
+        accumulation = self.config.gradient_accumulation_steps // self.world_size
         one_pass = self.fold == accumulation and self.world_size == 1 and not self.config.document_mask
-        return compile_model(model, self.device, one_pass)
+        return compile_model(self.model, self.device, one_pass)
 
     def validated(self, trained):
         """The model that validation calls, given what `wrap` returned."""
@@ -229,6 +234,8 @@ def halve_passes(data, strategy):
     parts = strategy.fold // smaller
     strategy.fold = smaller
     strategy.model.zero_grad()
+    if strategy.compiles:
+        torch.compiler.reset()  # frees the memory of CUDA graphs
     batches = [half for x, y in data.batches
                for half in zip(np.split(x, parts), np.split(y, parts), strict=True)]
     return step_data(batches, strategy, data.position, data.epoch)

@@ -163,11 +163,13 @@ def fit(model, tokenizer, loader, val_loader, config, strategy, run):
             # Forward and backward. The device is still at work when the next batches are read; only then
             # is it waited for.
             lr = learning_rate(step, config, clock)
-            try:
-                loss = accumulate_gradients(trained, data, n_counted, strategy, config, tokenizer)
-            except torch.OutOfMemoryError:
-                data = halve_passes(data, strategy)
-                continue
+            loss = None
+            while loss is None:
+                try:
+                    loss = accumulate_gradients(trained, data, n_counted, strategy, config, tokenizer)
+                except torch.OutOfMemoryError:
+                    data = halve_passes(data, strategy)
+                    trained = strategy.compiled()
             norm = strategy.clip_gradients()
             done = data
             data = load_step(loader, strategy, model.config.block_size)  # while the device works

@@ -82,9 +82,9 @@ class Folding(train.SingleProcess):
         self.gradients = None
 
     def wrap(self, model, optimizer):
-        model = super().wrap(model, optimizer)
+        super().wrap(model, optimizer)
         self.fold = self.wanted
-        return model
+        return self.compiled()
 
     def backward(self, loss):
         self.passes += 1
@@ -139,6 +139,18 @@ def test_out_of_memory_halves_the_passes_and_goes_on(workspace, capsys):
     expected = Folding(1)
     train_with(expected, workspace)
     torch.testing.assert_close(process.gradients, expected.gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_out_of_memory_compiles_again_without_a_cuda_graph_which_holds_one_pass(workspace, monkeypatch):
+    one_pass = []
+    monkeypatch.setattr(strategy, "compile_model", lambda model, device, one: one_pass.append(one) or model)
+    assert train_with(SmallDevice(4, room=8), workspace, "--compile", "true")["step"] == 2
+    assert one_pass[1:] == [True, False]  # the first is for a CPU's single micro-batches
+
+
+def test_out_of_memory_validates_once(workspace, capsys):
+    train_with(SmallDevice(4, room=4), workspace)
+    assert capsys.readouterr().out.count("step 0: validation loss") == 1
 
 
 def test_out_of_memory_in_a_single_micro_batch_says_what_to_do(workspace):
