@@ -86,7 +86,7 @@ from train import accumulate_gradients
 # Fitted to the runs in docs/scaling.md: 256-token windows of these texts, with SHAPE and RECIPE.
 LAWS = {
     "Tiny Shakespeare": {"vocab_size": 71, "E": 0.923, "A": 131.1, "B": 61.62, "alpha": 0.521, "beta": 0.351},
-    "amateur radio": {"vocab_size": 2096, "E": 0.497, "A": 1050, "B": 32.67, "alpha": 0.593, "beta": 0.1954},
+    "amateur radio": {"vocab_size": 2096, "E": 0.497, "A": 243.7, "B": 40.5, "alpha": 0.456, "beta": 0.217},
 }
 PASSES = 20  # over the text, at most; many more bring nothing but memorising (docs/scaling.md)
 MEMORISING = 6  # parameters per training token, at most; with more, the same happens sooner
@@ -330,7 +330,9 @@ STARTING_SECONDS = time.perf_counter() - START + 2  # train.py imports as much, 
 
 def finish(candidate, planner):
     """Settings for the two JSON files: the dicts of ModelConfig and TrainConfig fields, and the steps."""
-    minutes = candidate.tokens / candidate.tokens_per_second / 0.96 / 60 if planner.args.minutes else 0.0
+    minutes = planner.args.minutes - STARTING_SECONDS / 60 if planner.args.minutes else 0.0
+    # Where the text ends a run, not the time: a faster machine, or a compiled model, must not read it again.
+    by_steps = not minutes or candidate.tokens >= PASSES * planner.text.n_tokens
     model = {name: getattr(candidate.model, name) for name in (*SHAPE, "n_layer", "n_head", "n_embd")}
     config = candidate.train
     in_a_step = config.batch_size * config.gradient_accumulation_steps * candidate.model.block_size
@@ -343,20 +345,17 @@ def finish(candidate, planner):
              "batch_size": config.batch_size, "warmup_iters": min(20, steps // 10),
              "gradient_accumulation_steps": config.gradient_accumulation_steps,
              "weight_decay": float(f"{config.weight_decay:.2g}"),
-             "max_steps": 0 if minutes else steps, "max_minutes": round(minutes, 3),
+             "max_steps": steps if by_steps else 0, "max_minutes": round(minutes, 3),
              "eval_interval": max(1, steps // VALIDATIONS),
              "eval_iters": math.ceil(rows / config.batch_size),
-             "log_interval": max(1, steps // 2000)}
+             "log_interval": max(1, steps // 2000), "from_checkpoint": ""}  # the plan is for a new model
     return model, train, steps
 
 
 def write(path, values):
     """Set `values` in a JSON file; its other keys stay as they are."""
-    content = {**read_json(path), **values}
-    if content.get("from_checkpoint"):
-        content["from_checkpoint"] = ""  # the plan is for a new model
     with atomic_write(path, "w") as f:
-        f.write(json.dumps(content, indent=4, ensure_ascii=False) + "\n")
+        f.write(json.dumps({**read_json(path), **values}, indent=4, ensure_ascii=False) + "\n")
 
 
 def main(args):

@@ -25,8 +25,9 @@ def planned(workspace, monkeypatch, capsys):
     return run
 
 
-def test_the_plan_for_a_time_is_written_and_kept_by_training(workspace, planned):
-    workspace.configure("config_pretrain.json", random_seed=7, from_checkpoint="")
+def test_the_plan_for_a_time_is_written_and_kept_by_training(workspace, planned, monkeypatch):
+    monkeypatch.setattr(plan, "PASSES", 1000)  # the time ends this run, not its short text
+    workspace.configure("config_pretrain.json", random_seed=7, from_checkpoint="old.pt")
     before = json.loads((workspace.path / "config_pretrain.json").read_text())
     result = planned("--minutes", 0.5, "--device", "cpu", "--write")
     model = json.loads((workspace.path / "model_config.json").read_text())
@@ -150,10 +151,17 @@ def test_a_text_that_is_too_short_for_the_time_is_not_learnt_by_heart(workspace,
         plan.main(args)
         lines = capsys.readouterr().out.splitlines()
         result = json.loads(lines[-1])
+        train = result["train"]
+        steps = train["max_steps"]
         assert result["epochs"] <= 1.01 * plan.PASSES
-        assert result["train"]["max_minutes"] == pytest.approx(result["minutes"], abs=0.2)
-        assert any("too short to use all of the time" in line for line in lines) == \
-            (result["minutes"] < 0.98 * minutes)
+        assert 0.9 * minutes < train["max_minutes"] < minutes
+        is_short = result["minutes"] < 0.98 * minutes
+        assert any("too short to use all of the time" in line for line in lines) == is_short
+        if is_short:  # the steps end the run, also on a machine that is faster than was measured
+            in_a_step = train["batch_size"] * train["gradient_accumulation_steps"] * 32
+            assert steps == result["steps"] == pytest.approx(result["tokens"] / in_a_step, abs=1)
+        else:
+            assert steps == 0
     assert result["minutes"] < 50
 
 
