@@ -26,7 +26,7 @@ def planned(workspace, monkeypatch, capsys):
 
 
 def test_the_plan_for_a_time_is_written_and_kept_by_training(workspace, planned, monkeypatch):
-    monkeypatch.setattr(plan, "PASSES", 1000)  # the time ends this run, not its short text
+    monkeypatch.setattr(plan, "PASSES", 10**9)  # the time ends this run, not its short text
     workspace.configure("config_pretrain.json", random_seed=7, from_checkpoint="old.pt")
     before = json.loads((workspace.path / "config_pretrain.json").read_text())
     result = planned("--minutes", 0.5, "--device", "cpu", "--write")
