@@ -331,7 +331,7 @@ STARTING_SECONDS = time.perf_counter() - START + 2  # train.py imports as much, 
 def finish(candidate, planner):
     """Settings for the two JSON files: the dicts of ModelConfig and TrainConfig fields, and the steps."""
     minutes = planner.args.minutes - STARTING_SECONDS / 60 if planner.args.minutes else 0.0
-    # Where the text ends a run, not the time: a faster machine, or a compiled model, must not read it again.
+    # A run that the text ends goes by steps: a faster machine, or a compiled model, must not read more of it.
     by_steps = not minutes or candidate.tokens >= PASSES * planner.text.n_tokens
     model = {name: getattr(candidate.model, name) for name in (*SHAPE, "n_layer", "n_head", "n_embd")}
     config = candidate.train

@@ -54,6 +54,11 @@ class SingleProcess:
         self.compiles = config.compile == "true" or (
             config.compile == "auto" and is_long and can_compile(self.device))
 
+    @property
+    def accumulation(self):
+        """Number of micro-batches that this process reads in a step."""
+        return self.config.gradient_accumulation_steps // self.world_size
+
     def say(self, text):
         if self.is_main:
             tqdm.write(text)
@@ -68,13 +73,12 @@ class SingleProcess:
         The model itself stays uncompiled: validation and generation meet many shapes."""
         self.model = model
         self.optimizer = optimizer
-        accumulation = self.config.gradient_accumulation_steps // self.world_size
         self.fold = 1  # micro-batches in a pass
         if self.device.type == "cuda":
             # A GPU needs large passes to be busy; a CPU is fastest where a pass fits into its caches.
             most = FOLDED_TOKENS // (self.config.batch_size * model.config.block_size)
-            self.fold = max(n for n in range(1, accumulation + 1)
-                            if accumulation % n == 0 and n <= max(1, most))
+            self.fold = max(n for n in range(1, self.accumulation + 1)
+                            if self.accumulation % n == 0 and n <= max(1, most))
         return self.compiled()
 
     def compiled(self):
@@ -82,8 +86,7 @@ class SingleProcess:
         if not self.compiles:
             return self.model
         # A CUDA graph uses the same memory each time: a second pass would overwrite the first.
-        accumulation = self.config.gradient_accumulation_steps // self.world_size
-        one_pass = self.fold == accumulation and self.world_size == 1 and not self.config.document_mask
+        one_pass = self.fold == self.accumulation and self.world_size == 1 and not self.config.document_mask
         return compile_model(self.model, self.device, one_pass)
 
     def validated(self, trained):
@@ -186,12 +189,11 @@ def load_step(loader, strategy, block_size):
     """Read the micro-batches of the next step and start copying them to the device."""
     position = loader.state_dict()
     epoch = loader.epoch
-    accumulation = strategy.config.gradient_accumulation_steps // strategy.world_size
-    micro_batches = [loader.next_batch() for _ in range(accumulation)]
+    micro_batches = [loader.next_batch() for _ in range(strategy.accumulation)]
     if strategy.compiles:  # each width is a graph of its own: have at most eight
         micro_batches = [round_up_width(x, y, max(1, block_size // 8)) for x, y in micro_batches]
     fold = strategy.fold
-    batches = [join(micro_batches[i : i + fold]) for i in range(0, accumulation, fold)]
+    batches = [join(micro_batches[i : i + fold]) for i in range(0, len(micro_batches), fold)]
     return step_data(batches, strategy, position, epoch)
 
 

@@ -150,8 +150,7 @@ class Zero(DataParallel):
         c = self.config
         ours = {  # DeepSpeed's key: its value, and the setting of ours that it follows from
             "train_micro_batch_size_per_gpu": (c.batch_size, "batch_size"),
-            "gradient_accumulation_steps": (c.gradient_accumulation_steps // self.world_size,
-                                            "gradient_accumulation_steps / processes"),
+            "gradient_accumulation_steps": (self.accumulation, "gradient_accumulation_steps / processes"),
             "train_batch_size": (c.batch_size * c.gradient_accumulation_steps,
                                  "batch_size × gradient_accumulation_steps"),
             "gradient_clipping": (c.grad_clip, "grad_clip"),

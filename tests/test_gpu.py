@@ -95,19 +95,20 @@ def test_what_the_compiler_is_told_of_the_kernels_is_true():
 
 def test_kernels_are_used_only_where_they_run(tiny_model, monkeypatch, capsys):
     """A model as on a GPU whose Triton works, and then as on one whose Triton cannot compile."""
-    monkeypatch.setattr(model, "can_compile", lambda device: True)
+    monkeypatch.setattr(model, "can_compile", lambda device: device.type == DEVICE)
     gpu.usable_kernels.cache_clear()
-    made = tiny_model()
+    made = tiny_model().to(DEVICE)
     assert made.gpu_cross_entropy is fused.CrossEntropy
     assert all(block.attn.gpu_heads is fused.Heads for block in made.transformer["h"])
-    assert tiny_model(n_head=1, n_embd=24).transformer["h"][0].attn.gpu_heads is None  # no power of two
+    odd = tiny_model(n_head=1, n_embd=24).to(DEVICE)  # a head size that is no power of two
+    assert odd.transformer["h"][0].attn.gpu_heads is None
     assert capsys.readouterr().out == ""
     gpu.usable_kernels.cache_clear()
     monkeypatch.setattr(fused, "cross_entropy_forward", mock.Mock(side_effect=OSError("no Python.h\nat all")))
-    made = tiny_model()
+    made = tiny_model().to(DEVICE)
     assert made.gpu_cross_entropy is None
     assert all(block.attn.gpu_heads is None for block in made.transformer["h"])
-    tiny_model()
+    tiny_model().to(DEVICE)
     assert capsys.readouterr().out.splitlines() == [
         "gpu/fused.py is not used, so this will be slower: OSError: no Python.h"]
     gpu.usable_kernels.cache_clear()
