@@ -1,4 +1,4 @@
-# make demo   from nothing to a model that answers, in about ten minutes on two CPU cores
+# make demo   from nothing to a model that answers, in about five minutes on two CPU cores
 # make test   the linter and every test
 # make test-export   what needs more packages: the exports in transformers, llama.cpp and a browser, and BPE
 # make soak   kills, full disks and flipped bits, for minutes (docs/reliability.md)

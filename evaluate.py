@@ -63,7 +63,7 @@ from corpus.split import Counts
 from corpus.text import read_text
 from cpu.int8 import quantize
 from dataloader import InstructionRows, open_array
-from device import pick_device
+from device import pick_device, setup_device
 from generate import complete
 from model import batch_loss
 from scoring.contamination import count_contamination
@@ -267,7 +267,9 @@ def main():
     checkpoint = ckpt.load(args.model)
     document_mask = checkpoint["train_config"].get("document_mask", False)
     model, tokenizer = ckpt.build_model(checkpoint, args.model)
-    model.to(pick_device(args.device))
+    device = pick_device(args.device)
+    setup_device(device)
+    model.to(device)
     if args.int8:
         quantize(model)
     scores = {"model": args.model}

@@ -257,10 +257,10 @@ class GPT(nn.Module):
             self.register_buffer("rope_cos", cos.to(self.device), persistent=False)
             self.register_buffer("rope_sin", sin.to(self.device), persistent=False)
         # Asked here, since the compiler cannot trace the questions. FlexAttention wants heads of 16 or more.
-        self.use_flex_attention = has_flex_attention(self.device) and head_size >= 16
         self.is_on_gpu = is_cuda = self.device.type == "cuda"
         kernels = usable_kernels(self.device) if can_compile(self.device) else None
         self.gpu_cross_entropy = kernels and kernels.CrossEntropy
+        self.use_flex_attention = bool(kernels) and has_flex_attention(self.device) and head_size >= 16
         has_flash = is_cuda and torch.cuda.get_device_capability(self.device) >= (8, 0)
         for block in self.transformer["h"]:
             block.attn.is_on_gpu = is_cuda

@@ -93,7 +93,8 @@ class Muon(torch.optim.Muon):
                 if self.world_size == 1:
                     self._apply(params, share, group)
                 else:
-                    # Sent while the next group is computed.
+                    # Sent while the next group is computed. NCCL takes contiguous tensors only.
+                    share = share.contiguous()
                     shares = [torch.empty_like(share) for _ in range(self.world_size)]
                     work = torch.distributed.all_gather(shares, share, async_op=True)
                     pending.append((params, shares, group, work))

@@ -123,10 +123,10 @@ import torch
 from tqdm import tqdm
 
 import checkpoint as ckpt
-from device import pick_device
+from device import pick_device, setup_device
 from generate import complete, generate_all_at_once
 from run import build_run
-from strategy import SingleProcess
+from strategy import WIDTHS, SingleProcess
 from tokenizer import Tokenizer
 from train import fit
 
@@ -305,7 +305,9 @@ def open_checkpoint(args):
     if needed > model.config.block_size:
         raise InputError(f"{path}: has block_size {model.config.block_size}, but these settings need "
                          f"{needed}; train with --block_size {needed}")
-    return model.to(pick_device(args.train.device)), tokenizer, settings, start
+    device = pick_device(args.train.device)
+    setup_device(device)
+    return model.to(device), tokenizer, settings, start
 
 
 def train(args):
@@ -313,7 +315,7 @@ def train(args):
     task = TASKS[args.task]
     config = args.train
     strategy = SingleProcess()
-    strategy.setup(config)
+    strategy.setup(config, WIDTHS)
     tokenizer = Tokenizer.build([task.vocabulary, "="])
     settings = default_settings(task)
 

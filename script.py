@@ -68,6 +68,12 @@ def run_script(main):
     except BrokenPipeError:  # the reader of our output (`| head`) has closed it: nothing is left to say
         status = 1
         discard(sys.stdout)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which this file does not import
+            raise
+        status = 2
+        print(f"error: {str(error).split('. ')[0]}: use a smaller batch or model, or --device cpu",
+              file=sys.stderr)
     except OSError as error:  # no file of ours is meant, whose errors name it: the output's disk is full
         status = 1
         discard(sys.stdout)

@@ -25,9 +25,11 @@ from device import (
     set_sdp_kernel,
     setup_device,
 )
+from gpu import usable_kernels
 from script import InputError
 
-COMPILED_STEPS = 1000  # compiling takes 20 s or more, which shorter runs do not earn back (docs/log.md)
+WIDTHS = 8  # different widths of batches, at most; each is compiled on its own
+COMPILED_STEPS = 1000  # a width: compiling it takes 20 s, which shorter runs do not earn back (docs/log.md)
 FOLDED_TOKENS = 65536  # at most so many in one pass on CUDA; more gain nothing there and take memory
 
 
@@ -40,8 +42,10 @@ class SingleProcess:
     is_main = True
     saved_as = "checkpoint/{}.pt"
 
-    def setup(self, config: TrainConfig):
-        """Prepare the device. Raises InputError for one that is missing."""
+    def setup(self, config: TrainConfig, widths=1):
+        """Prepare the device. widths: how many different widths the batches may have, 1 or WIDTHS.
+
+        Raises InputError for a device that is missing."""
         self.config = config
         self.device = pick_device(config.device, self.local_rank)
         setup_device(self.device)
@@ -50,9 +54,10 @@ class SingleProcess:
         self.dtype = pick_dtype(config.dtype, self.device, self.fast_bfloat16, self.say)
         set_sdp_kernel(config.sdp_kernel)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
-        is_long = config.max_steps == 0 or config.max_steps >= COMPILED_STEPS
+        is_long = config.max_steps == 0 or config.max_steps >= widths * COMPILED_STEPS
         self.compiles = config.compile == "true" or (
-            config.compile == "auto" and is_long and can_compile(self.device))
+            config.compile == "auto" and is_long and can_compile(self.device)
+            and usable_kernels(self.device) is not None)
 
     @property
     def accumulation(self):
@@ -74,8 +79,9 @@ class SingleProcess:
         self.model = model
         self.optimizer = optimizer
         self.fold = 1  # micro-batches in a pass
-        if self.device.type == "cuda":
-            # A GPU needs large passes to be busy; a CPU is fastest where a pass fits into its caches.
+        if self.device.type == "cuda" and self.world_size == 1:
+            # A GPU needs large passes to be busy; a CPU is fastest where a pass fits into its caches. Several
+            # processes could not agree on smaller passes when one runs out of memory.
             most = FOLDED_TOKENS // (self.config.batch_size * model.config.block_size)
             self.fold = max(n for n in range(1, self.accumulation + 1)
                             if self.accumulation % n == 0 and n <= max(1, most))
@@ -129,14 +135,14 @@ class SingleProcess:
         Under float16 an overflow only means that the loss scale is too high: the scaler lowers it, norm 0."""
         self.optimizer.set_lr(lr)
         if math.isfinite(norm):
-            for optimizer in self.optimizer.optimizers:
-                self.scaler.step(optimizer)
+            self.optimizer.step()  # scaler.step() would ask the device again whether they are
         self.scaler.update()
         self.optimizer.zero_grad()
         return norm if math.isfinite(norm) or not self.scaler.is_enabled() else 0.0
 
     def skip_step(self):
         """Clear the gradients of a loss that is not finite. Returns NaN in place of their norm."""
+        self.scaler.update()
         self.model.zero_grad()
         return math.nan
 
@@ -190,8 +196,8 @@ def load_step(loader, strategy, block_size):
     position = loader.state_dict()
     epoch = loader.epoch
     micro_batches = [loader.next_batch() for _ in range(strategy.accumulation)]
-    if strategy.compiles:  # each width is a graph of its own: have at most eight
-        micro_batches = [round_up_width(x, y, max(1, block_size // 8)) for x, y in micro_batches]
+    if strategy.compiles:
+        micro_batches = [round_up_width(x, y, block_size) for x, y in micro_batches]
     fold = strategy.fold
     batches = [join(micro_batches[i : i + fold]) for i in range(0, len(micro_batches), fold)]
     return step_data(batches, strategy, position, epoch)
@@ -209,8 +215,10 @@ def pad_width(x, y, width):
     return np.pad(x, padding), np.pad(y, padding, constant_values=IGNORE)
 
 
-def round_up_width(x, y, multiple):
-    return pad_width(x, y, x.shape[1] + -x.shape[1] % multiple)
+def round_up_width(x, y, block_size):
+    """Pad a batch x, y (B, T) to one of at most WIDTHS widths."""
+    unit = math.ceil(block_size / WIDTHS)
+    return pad_width(x, y, min(block_size, unit * math.ceil(x.shape[1] / unit)))
 
 
 def join(batches):
@@ -224,7 +232,7 @@ def join(batches):
 
 
 def halve_passes(data, strategy):
-    """After the device ran out of memory: the same step in passes of half as many rows, from now on.
+    """After the device ran out of memory: the same step in smaller passes, from now on.
 
     Raises InputError where a pass is a single micro-batch already, or other processes wait for this one."""
     if strategy.fold == 1 or strategy.world_size > 1:

@@ -40,7 +40,7 @@ from model import batch_loss
 from optimizer import build_optimizer, learning_rate
 from run import build_run, improves
 from stats import LayerStats
-from strategy import SingleProcess, halve_passes, load_step
+from strategy import WIDTHS, SingleProcess, halve_passes, load_step
 from tokenizer import Tokenizer
 
 
@@ -123,6 +123,7 @@ def fit(model, tokenizer, loader, val_loader, config, strategy, run):
     began = time.perf_counter()
     last_logged = began
     seconds_per_step = 0.0
+    shortest_step = 0.0  # of the last two log lines
     steps_since_log = 0
     tokens_since_log = 0
     stats = None
@@ -135,7 +136,8 @@ def fit(model, tokenizer, loader, val_loader, config, strategy, run):
             # counts travel in the same message.
             paused = time.perf_counter()
             elapsed = paused - began
-            late = 0 < 60 * config.max_minutes < elapsed + seconds_per_step
+            used = before + elapsed if follows_clock else elapsed
+            late = 0 < 60 * config.max_minutes < used + shortest_step  # would one more step end too late?
             clock = before + elapsed if strategy.is_main else 0.0
             stopped, late, n_counted, n_read, clock = strategy.sum_over_ranks(
                 run.stop.signum > 0, late, sum(data.n_counted), data.n_read, clock)
@@ -165,9 +167,9 @@ def fit(model, tokenizer, loader, val_loader, config, strategy, run):
             lr = learning_rate(step, config, clock)
             loss = None
             while loss is None:
-                try:
+                with contextlib.suppress(torch.OutOfMemoryError):
                     loss = accumulate_gradients(trained, data, n_counted, strategy, config, tokenizer)
-                except torch.OutOfMemoryError:
+                if loss is None:  # the error is gone, and what it held of the device's memory
                     data = halve_passes(data, strategy)
                     trained = strategy.compiled()
             norm = strategy.clip_gradients()
@@ -194,7 +196,9 @@ def fit(model, tokenizer, loader, val_loader, config, strategy, run):
             tokens_since_log += n_read
             if step % config.log_interval == 0:
                 now = time.perf_counter()
+                last_seconds = seconds_per_step
                 seconds_per_step = (now - last_logged) / steps_since_log
+                shortest_step = min(last_seconds, seconds_per_step)  # the first one may compile
                 rate = tokens_since_log / (now - last_logged)
                 flops = rate * model.flops_per_token(done.batches[0][0].shape[1])
                 mean_loss = sum(losses) / len(losses) if losses else math.nan
@@ -235,7 +239,7 @@ def refuse_nonfinite(step, batches, loss, norm, skipped, config, strategy, run):
 def setup_training(args, strategy):
     """Model, data and run from the parsed command line. Returns build_run's Setup."""
     config = args.train
-    strategy.setup(config)
+    strategy.setup(config, WIDTHS if args.task == "sft" else 1)
     if config.gradient_accumulation_steps % strategy.world_size:
         raise InputError(f"gradient_accumulation_steps {config.gradient_accumulation_steps} is for all "
                          f"processes together and must be a multiple of their number, {strategy.world_size}")
@@ -268,8 +272,9 @@ def train(args, strategy):
     result = fit(setup.model, setup.tokenizer, setup.loader, setup.val_loader, config, strategy,
                  setup.run)
     if result["step"] == before and not result["signal"]:
-        strategy.say(f"no step was taken: the checkpoint has reached max_steps {config.max_steps}; to go on, "
-                     "give a higher --max_steps")
+        limit = "max_steps" if config.max_steps else "max_minutes"
+        strategy.say(f"no step was taken: the checkpoint has reached {limit} {getattr(config, limit)}; to go "
+                     f"on, give a higher --{limit}")
         return result
     strategy.say(f"{result['step']} steps in {result['seconds']:.0f} s, best validation loss "
                  f"{result['best_val_loss']:.4f}; {strategy.saved_as.format(args.task + '_best')}, "

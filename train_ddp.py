@@ -49,7 +49,7 @@ class DataParallel(SingleProcess):
             raise InputError(f"start it with: {self.launch_command}") from None
         self.is_main = self.rank == 0
 
-    def setup(self, config):
+    def setup(self, config, widths=1):
         own = device.pick_device(config.device, self.local_rank)
         if own.type == "mps" or ":" in config.device:
             raise InputError(f'device "{config.device}" cannot be shared by processes; use cuda or cpu')
@@ -63,7 +63,7 @@ class DataParallel(SingleProcess):
         self.init_process_group(backend, timeout)
         # Counts and stop flags travel between the CPUs, so that they do not wait for the cards.
         self.control = dist.new_group(backend="gloo", timeout=timeout) if backend == "nccl" else None
-        super().setup(config)
+        super().setup(config, widths)
 
     def init_process_group(self, backend, timeout):
         dist.init_process_group(backend, timeout=timeout, device_id=self.own_card)

@@ -106,12 +106,12 @@ class Zero(DataParallel):
         deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
         self.deepspeed = deepspeed
 
-    def setup(self, config):
+    def setup(self, config, widths=1):
         refused = {"skip_nonfinite": config.skip_nonfinite, "compile": config.compile == "true",
                    "log_stats": config.log_stats}
         for name in (name for name, is_set in refused.items() if is_set):
             raise InputError(f"{name}: not under DeepSpeed, which takes the step itself; use train_ddp.py")
-        super().setup(config)
+        super().setup(config, widths)
         self.compiles = False
         threading.Thread(target=leave_with_launcher, daemon=True).start()
 

@@ -4,6 +4,8 @@ import functools
 
 import torch
 
+from script import note
+
 
 @functools.cache
 def usable_kernels(device):
@@ -18,6 +20,6 @@ def usable_kernels(device):
         torch.testing.assert_close(log_sums.exp(), torch.full_like(log_sums, 2.0))
     except Exception as error:  # of whatever kind: training and generation work without
         reason = next(iter(str(error).splitlines()), "")
-        print(f"gpu/fused.py is not used, so this will be slower: {type(error).__name__}: {reason}")
+        note(f"gpu/fused.py is not used, so this will be slower: {type(error).__name__}: {reason}")
         return None
     return fused

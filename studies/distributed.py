@@ -21,7 +21,6 @@ from metrics import parse_log
 from script import InputError, print_json, run_script
 from tokenizer import Tokenizer
 
-PACKAGES = ("cpu", "problems", "studies")
 ONE = [sys.executable, "train.py"]
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_ddp.py"]
 
@@ -41,8 +40,9 @@ def copy_with_data(folder):
     """Put the scripts, and prepared text of random characters, into `folder`."""
     for path in glob.glob(os.path.join(ROOT, "*.py")) + glob.glob(os.path.join(ROOT, "*.json")):
         shutil.copy(path, folder)
-    for name in PACKAGES:
-        shutil.copytree(os.path.join(ROOT, name), os.path.join(folder, name))
+    for path in glob.glob(os.path.join(ROOT, "*", "__init__.py")):
+        package = os.path.dirname(path)
+        shutil.copytree(package, os.path.join(folder, os.path.basename(package)))
     data = os.path.join(folder, "dataset")
     os.makedirs(data)
     tokenizer = Tokenizer.build(map(chr, range(0x4E00, 0x4E00 + 472)))

@@ -1,6 +1,7 @@
 """The benchmarks measure real work and end with one JSON line."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from conftest import TINY
 from config import ModelConfig
 from device import has_fast_bfloat16
 from script import InputError
-from studies import bench, speedrun, timing
+from studies import bench, distributed, speedrun, timing
 from studies.train_speed import our_step, runs_by_default, ways_to_train
 
 
@@ -143,3 +144,10 @@ def test_kernels_that_the_device_lacks_are_marked(capsys):
     for kernel in ("mem_efficient", "cudnn"):
         assert any(line.startswith(kernel) and "not here" in line for line in lines)
     assert {"flash", "math"} == set(json.loads(lines[-1])["milliseconds"])
+
+
+def test_the_copy_in_which_processes_are_compared_trains(tmp_path):
+    distributed.copy_with_data(str(tmp_path))
+    words = [sys.executable, "train.py", "--device", "cpu", "--n_layer", "1", "--n_embd", "32", "--max_steps",
+             "5", "--eval_iters", "1"]
+    assert distributed.tokens_per_second(words, str(tmp_path), threads=1) > 0

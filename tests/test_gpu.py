@@ -102,15 +102,15 @@ def test_kernels_are_used_only_where_they_run(tiny_model, monkeypatch, capsys):
     assert all(block.attn.gpu_heads is fused.Heads for block in made.transformer["h"])
     odd = tiny_model(n_head=1, n_embd=24).to(DEVICE)  # a head size that is no power of two
     assert odd.transformer["h"][0].attn.gpu_heads is None
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
     gpu.usable_kernels.cache_clear()
     monkeypatch.setattr(fused, "cross_entropy_forward", mock.Mock(side_effect=OSError("no Python.h\nat all")))
     made = tiny_model().to(DEVICE)
     assert made.gpu_cross_entropy is None
     assert all(block.attn.gpu_heads is None for block in made.transformer["h"])
     tiny_model().to(DEVICE)
-    assert capsys.readouterr().out.splitlines() == [
-        "gpu/fused.py is not used, so this will be slower: OSError: no Python.h"]
+    assert capsys.readouterr().err.splitlines() == [
+        "note: gpu/fused.py is not used, so this will be slower: OSError: no Python.h"]
     gpu.usable_kernels.cache_clear()
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -145,6 +146,20 @@ def test_processes_that_share_muons_matrices_out_get_the_weights_of_one_process(
     for rank in range(3):
         for got, value in zip(torch.load(tmp_path / f"{rank}.pt"), expected, strict=True):
             assert torch.equal(got, value)
+
+
+def test_what_processes_send_each_other_is_contiguous_as_nccl_wants_it(monkeypatch):
+    sent = []
+
+    def all_gather(shares, share, async_op):
+        sent.append(share)
+        for other in shares:
+            other.copy_(share)
+        return mock.Mock()
+
+    monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
+    three_muon_steps(0, 2)
+    assert len(sent) == 3 * 2 and all(share.is_contiguous() for share in sent)
 
 
 def test_which_kernel_computes_a_step_is_not_taken_from_the_checkpoint():

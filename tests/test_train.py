@@ -369,6 +369,20 @@ def test_max_minutes_stops_and_saves(workspace):
     assert workspace.load("pretrain_last.pt")["step"] == result["step"]
 
 
+def test_a_first_step_that_compiles_for_long_does_not_end_a_run(workspace):
+    real = train.accumulate_gradients
+    calls = []
+
+    def slow_at_first(*args):
+        calls.append(1)
+        time.sleep(1.2 if len(calls) == 1 else 0)
+        return real(*args)
+
+    with mock.patch.object(train, "accumulate_gradients", slow_at_first):
+        result = workspace.train("--max_steps", 0, "--lr_decay_iters", 10, "--max_minutes", 2 / 60)
+    assert result["step"] > 1 and 1.5 < result["seconds"] < 4
+
+
 # ---- Continuing ----
 
 def what_was_logged(workspace, *results):
@@ -435,6 +449,22 @@ def test_time_that_is_up_continues_exactly_too(workspace):
     second = workspace.train(*words, "--from_checkpoint", "checkpoint/pretrain_last.pt")
     assert second["best_val_loss"] == whole["best_val_loss"]
     assert not train.differences(exact(workspace.load("pretrain_last.pt")), exact(expected), "resumed")
+
+
+def test_a_run_by_the_clock_has_its_time_once_also_when_it_is_cut(workspace, capsys):
+    words = ["--max_steps", 0, "--lr_decay_iters", 0, "--max_minutes", 2 / 60, "--warmup_iters", 0]
+    with told_at(5):
+        first = workspace.train(*words)
+    cut = workspace.load("pretrain_last.pt")
+    cut["dataloader"]["seconds"] = 1.5  # as if it had been cut later
+    torch.save(cut, workspace.path / "cut.pt")
+    second = workspace.train(*words, "--from_checkpoint", "cut.pt")
+    assert second["step"] > first["step"] and second["seconds"] < 1.2
+    assert workspace.load("pretrain_last.pt")["dataloader"]["seconds"] == pytest.approx(2, abs=0.3)
+    cut["dataloader"]["seconds"] = 2.0
+    torch.save(cut, workspace.path / "cut.pt")
+    assert workspace.train(*words, "--from_checkpoint", "cut.pt")["step"] == first["step"]
+    assert "the checkpoint has reached max_minutes 0.03" in capsys.readouterr().out
 
 
 def test_sft_from_pretraining_starts_at_step_zero_with_a_fresh_optimizer_and_its_own_dropout(workspace):
