@@ -1,12 +1,14 @@
 # make demo   from nothing to a model that answers, in about five minutes on two CPU cores
 # make test   the linter and every test
-# make test-export   what needs more packages: the exports in transformers, llama.cpp and a browser, and BPE
+# make test-export   what needs more packages: the exports in transformers, llama.cpp and a browser,
+#             BPE and TensorBoard
 # make soak   kills, full disks and flipped bits, for minutes (docs/reliability.md)
 
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-EXPORT_TESTS := tests/test_export.py tests/test_web.py tests/test_bpe.py tests/test_reference_checkpoints.py
+EXPORT_TESTS := tests/test_export.py tests/test_web.py tests/test_bpe.py tests/test_reference_checkpoints.py \
+	tests/test_tensorboard.py
 ASK := $(PY) inference.py -i -m checkpoint/sft_best.pt -t 0 -r 1
 
 .PHONY: install demo test test-export soak clean

@@ -18,7 +18,7 @@ import time
 import zipfile
 
 from config import ModelConfig, Parser, find, from_dict, what_there_is
-from script import InputError, before_imports, replacing, run_script
+from script import InputError, atomic_write, before_imports, replacing, run_script
 
 
 def command_line():
@@ -50,10 +50,8 @@ def save(path, checkpoint):
     assert set(checkpoint) == set(KEYS), set(checkpoint) ^ set(KEYS)
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with replacing(path) as temporary, open(temporary, "wb") as f:
+        with atomic_write(path) as f:
             torch.save(checkpoint, f)
-            f.flush()
-            os.fsync(f.fileno())
     except (InputError, OSError, RuntimeError) as error:
         reason = error
         while reason.__context__ and not isinstance(reason, OSError):

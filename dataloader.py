@@ -7,8 +7,6 @@ one number: how many rows have been read.
 Letters: B rows in a batch, T tokens in a row.
 """
 
-import os
-
 import numpy as np
 
 from config import IGNORE
@@ -26,26 +24,16 @@ def open_array(path, ndim=None):
     try:
         data = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; {what_to_run_for(path)}") from None
+        raise InputError(f"{path}: no such file; run python data.py first") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     except NOT_AN_ARRAY:
         raise InputError(f"{path}: not a prepared .npy file, or a damaged one; "
                          f"python data.py writes such files from text and JSONL") from None
-    is_ours = isinstance(data, np.ndarray) and data.dtype in (np.uint16, np.uint32)
-    if not is_ours or data.ndim != (ndim or data.ndim):
+    is_prepared = isinstance(data, np.ndarray) and data.dtype in (np.uint16, np.uint32)
+    if not is_prepared or (ndim and data.ndim != ndim):
         raise InputError(f"{path}: not what data.py writes for this task (-t); run python data.py")
     return data
-
-
-def what_to_run_for(path):
-    """What to do when the prepared file `path` is missing, for an error message."""
-    name = os.path.basename(path)
-    numbered = name.replace("pretrain_", "pretrain_0_", 1)
-    if numbered != name and os.path.exists(os.path.join(os.path.dirname(path), numbered)):
-        return (f"data.py wrote numbered files ({numbered}, …) because --pretrain got several texts: set "
-                "dataset_path to them, or run python data.py TEXT TEXT to put all texts into one file")
-    return "run python data.py first"
 
 
 class TextBlocks:
@@ -142,30 +130,28 @@ class DataLoader:
     """Micro-batches of one or more files, walked in order in every epoch (a curriculum).
 
     task: "pretrain" reads text, "sft" instruction rows.
-    tokenizer: if given, every file must have been prepared with its vocabulary, and its <|Padding|> ends the
-    rows. `note` is then a line to print if a file has no fingerprint to check, or "".
-    vocab_size: if given (a tokenizer implies it), a larger token id is refused.
+    tokenizer: if given, every file must have been prepared with its vocabulary, and hold no other ids.
 
     Raises InputError naming the file that does not fit."""
 
-    def __init__(self, paths, task, block_size, batch_size, seed=0, rank=0, world_size=1, vocab_size=None,
-                 tokenizer=None):
+    def __init__(self, paths, task, block_size, batch_size, seed=0, rank=0, world_size=1, tokenizer=None):
         self.batch_size = batch_size
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        self.vocab_size = tokenizer.vocab_size if tokenizer else vocab_size
-        # First of all, as a wrong <|Padding|> makes rows of odd lengths.
-        unchecked = [check_vocabulary(path, tokenizer) for path in paths] if tokenizer else []
-        self.note = next(filter(None, unchecked), "")
+        self.vocab_size = tokenizer.vocab_size if tokenizer else None
         pad_id = tokenizer.pad_id if tokenizer else None
+        if tokenizer:  # first of all, as a wrong <|Padding|> makes rows of odd lengths
+            for path in paths:
+                check_vocabulary(path, tokenizer)
         if task == "sft":
             self.sources = [InstructionRows(path, block_size, pad_id) for path in paths]
         else:
             self.sources = [TextBlocks(path, block_size) for path in paths]
         self.batches = [source.n_rows // batch_size for source in self.sources]  # in an epoch, by file
         self.position = 0  # micro-batches read so far, by all processes together
-        self.orders = {}  # (epoch, file) → rows, for the epoch under way
+        self.ordered = None  # the (epoch, file) whose rows `order` holds
+        self.order = None
 
     @property
     def batches_per_epoch(self):
@@ -192,13 +178,12 @@ class DataLoader:
         while i >= self.batches[file]:
             i -= self.batches[file]
             file += 1
-        if (epoch, file) not in self.orders:
+        if self.ordered != (epoch, file):
             # Seeded by what it is for, not by what was drawn before: a continued run needs no state of it.
             rng = np.random.default_rng([self.seed, epoch, file])
-            order = self.sources[file].epoch_order(rng, self.batch_size)
-            self.orders = {key: rows for key, rows in self.orders.items() if key[0] == epoch}
-            self.orders[epoch, file] = order
-        rows = self.orders[epoch, file][i * self.batch_size : (i + 1) * self.batch_size]
+            self.order = self.sources[file].epoch_order(rng, self.batch_size)
+            self.ordered = (epoch, file)
+        rows = self.order[i * self.batch_size : (i + 1) * self.batch_size]
         return self.read_batch(self.sources[file], rows)
 
     def fixed_batches(self, n):

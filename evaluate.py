@@ -15,7 +15,7 @@ import sys
 
 from config import IGNORE, Parser, require_checkpoint
 from cpu import native
-from script import InputError, before_imports, note, print_json, run_script
+from script import InputError, before_imports, print_json, run_script
 
 
 def command_line():
@@ -64,8 +64,8 @@ from corpus.text import read_text
 from cpu.int8 import quantize
 from dataloader import InstructionRows, open_array
 from device import pick_device, setup_device
-from generate import complete
 from model import batch_loss
+from scoring.answers import complete
 from scoring.contamination import count_contamination
 from scoring.likelihood import fit_prompt
 from scoring.multiple_choice import print_table, score_choices
@@ -196,9 +196,7 @@ def row_batches(source):
 
 def score_data(model, tokenizer, path, document_mask):
     data = open_array(path)
-    unchecked = check_vocabulary(path, tokenizer)
-    if unchecked:
-        note(unchecked)
+    check_vocabulary(path, tokenizer)
     pieces = read_ids(path, data, model.config.vocab_size)
     if data.ndim == 1:
         batches = window_batches(pieces, model.config.block_size, tokenizer.pad_id)

@@ -34,14 +34,21 @@ def val_line(step, val_loss, best_val_loss, tokens, elapsed):
 
 
 class Log:
-    """A new file `train_<date>_<time>.log` in `folder`; each line reaches the system at once.
+    """A new file `train_<date>_<time>.log` in `folder` (None: no file); each line reaches the system at once.
+    tensorboard: None, or a folder for the same curves in TensorBoard's format.
 
     `stamp` is "<date>_<time>", which no other run in the folder has. A log that can no longer be written (a
     full disk) is given up with one line, and training goes on. Raises InputError if it cannot be created."""
 
-    def __init__(self, folder):
+    SCALARS = {"loss": "loss", "learning_rate": "lr", "gradient_norm": "norm",
+               "tokens_per_second": "tokens_per_second", "validation_loss": "val_loss"}  # in TensorBoard
+
+    def __init__(self, folder, tensorboard=None):
         self.file = None
-        while self.file is None:
+        self.name = None
+        self.stamp = None
+        self.writer = open_tensorboard(tensorboard) if tensorboard else None
+        while folder is not None and self.file is None:
             self.stamp = time.strftime("%Y%m%d_%H%M%S")
             self.name = f"train_{self.stamp}.log"
             try:
@@ -51,6 +58,22 @@ class Log:
             except OSError as error:
                 raise InputError(f"{folder}: cannot write the training log ({error.strerror})") from None
 
+    def training(self, **values):
+        """Log a step; values: the arguments of `train_line`."""
+        self.write(train_line(**values))
+        self.draw(values)
+
+    def validation(self, **values):
+        """Log a validation; values: the arguments of `val_line`."""
+        self.write(val_line(**values))
+        self.draw(values)
+
+    def draw(self, values):
+        """Add a point to each of TensorBoard's curves that `values` has."""
+        for name, key in self.SCALARS.items() if self.writer else ():
+            if key in values:
+                self.writer.add_scalar(name, values[key], values["step"])
+
     def write(self, line):
         if self.file is None:
             return
@@ -58,13 +81,27 @@ class Log:
             self.file.write(line + "\n")
         except OSError as error:
             note(f"{self.name}: cannot be written ({error.strerror}); training goes on without a log")
-            self.close()
+            self.close_file()
 
     def close(self):
+        self.close_file()
+        if self.writer:
+            self.writer.close()
+
+    def close_file(self):
         if self.file is not None:
             with contextlib.suppress(OSError):  # what could not be written has been reported
                 self.file.close()
             self.file = None
+
+
+def open_tensorboard(folder):
+    """A SummaryWriter. Raises InputError where the package is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError("--tensorboard needs a package: pip install tensorboard") from None
+    return SummaryWriter(folder)
 
 
 def parse_line(line):

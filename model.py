@@ -19,6 +19,7 @@ from cpu import fused
 from device import can_compile, has_flex_attention
 from documents import block_mask_of, documents_of, flex_attention, positions_in
 from gpu import usable_kernels
+from preceding import PrecedingTokens
 from script import InputError
 
 
@@ -225,8 +226,7 @@ class GPT(nn.Module):
         if not config.use_rope:
             self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
         if config.n_prev:
-            self.transformer["prev"] = nn.ModuleList(
-                nn.Embedding(config.vocab_size, config.n_embd) for _ in range(config.n_prev))
+            self.transformer["prev"] = PrecedingTokens(config.n_prev, config.vocab_size, config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer["wte"].weight  # tied (Press & Wolf 2017)
         self.apply(self._init_weights)
@@ -308,7 +308,7 @@ class GPT(nn.Module):
 
         x = self.transformer["wte"](idx)  # (B, T, C)
         if self.config.n_prev:
-            x = x + self._preceding(idx, documents, cache)
+            x = x + self.transformer["prev"](idx, documents, cache)
         rope = None
         if self.config.use_rope:
             rope = [t[positions].unsqueeze(-2) for t in (self.rope_cos, self.rope_sin)]  # ([B,] T, 1, hs/2)
@@ -316,7 +316,7 @@ class GPT(nn.Module):
             x = x + self.transformer["wpe"](positions)
         x = self.transformer["drop"](x)
         if self.is_on_gpu and in_bfloat16(x.device.type):
-            x = x.bfloat16()  # what travels between the blocks, too: half the bytes (docs/log.md)
+            x = x.bfloat16()  # the residual stream too: half the bytes between the blocks (docs/log.md)
         for block in self.transformer["h"]:
             x = block(x, rope, mask, is_causal, cache)
         x = self.transformer["ln_f"](x)  # (B, T, C)
@@ -335,29 +335,6 @@ class GPT(nn.Module):
                                     reduction="sum")
         # Only the loss has a gradient. For one of the logits too, the compiler would fill and add zeros.
         return logits.detach(), total / (targets != IGNORE).sum().clamp(min=1)
-
-    def _preceding(self, idx, documents, cache):
-        """Sum of the embeddings of the tokens 1 … n_prev places before each token of idx, (B, T, C).
-
-        A short convolution over the tokens, after the n-gram embeddings of the Byte Latent Transformer
-        (Pagnoni et al. 2024). Nothing stands before the first token, or before a document's first."""
-        ids = idx
-        first = 0
-        columns = torch.arange(idx.size(1), device=idx.device)
-        if cache is not None:
-            ids = cache.ids
-            first = cache.first
-            columns = cache.columns(idx.size(1))
-            ids.index_copy_(1, columns, idx)
-        total = 0.0
-        for distance, table in enumerate(self.transformer["prev"], 1):
-            before = columns - distance  # (T,)
-            exists = before >= first  # (T,), or (B, T) of a padded batch
-            before = before.clamp(min=0)
-            if documents is not None:
-                exists = exists & (documents[:, before] == documents)  # (B, T)
-            total = total + table(ids[:, before]) * exists.unsqueeze(-1)  # (B, T, C)
-        return total
 
     def _mask_and_positions(self, idx, documents, cache):
         """The attention mask, as Attention takes it, and the positions: a slice, or a tensor ([B,] T)."""

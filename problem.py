@@ -124,8 +124,8 @@ from tqdm import tqdm
 
 import checkpoint as ckpt
 from device import pick_device, setup_device
-from generate import complete, generate_all_at_once
 from run import build_run
+from scoring.answers import complete
 from strategy import WIDTHS, SingleProcess
 from tokenizer import Tokenizer
 from train import fit
@@ -225,11 +225,13 @@ class ProblemLoader:
         self.position = state["rows"] // self.batch_size
 
 
+@torch.inference_mode()
 def solve(model, tokenizer, texts):
-    """The model's answers to a list of inputs of one length, a list of strings."""
+    """The model's answers to a list of inputs of one length, a list of strings: with full attention all
+    tokens at once, else one after another."""
     if not model.config.is_causal:
         idx = torch.tensor(np.stack([tokenizer.encode(text) for text in texts]).astype(np.int64))
-        return [tokenizer.decode(ids) for ids in generate_all_at_once(model, idx.to(model.device)).cpu()]
+        return [tokenizer.decode(ids) for ids in model(idx.to(model.device))[0].argmax(-1).cpu()]
     prompts = [tokenizer.encode(text + "=") for text in texts]
     return [tokenizer.decode(ids) for ids in complete(model, prompts, model.config.block_size,
                                                       stop_ids=(tokenizer.eos_id,), temperature=0)]

@@ -8,12 +8,9 @@
 """
 
 import glob
-import math
 import os
 import re
-import signal
 import sys
-import time
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,45 +19,13 @@ from tqdm import tqdm
 
 import checkpoint as ckpt
 from config import ROOT, ModelConfig, find
-from metrics import Log, first_line, train_line, val_line
+from metrics import Log, first_line
 from model import GPT
-from script import InputError, guarded_output
+from script import InputError, StopRequest
 
 # pretrain_20260101_120000_step_300.pt, pretrain_20260101_120000_best.pt; DeepSpeed's folders have no ".pt".
 DATED_NAME = re.compile(
     r"(?P<task>\w+?)_(?P<stamp>\d{4,}(?:_\d{6})?)_(?P<kind>best|last|step_(?P<step>\d+))(?:\.pt)?")
-
-
-class StopRequest:
-    """A signal that asks training to finish its step, save and exit.
-
-    SIGINT (Ctrl-C), SIGTERM, SIGHUP (the terminal closes; not where it was ignored at the start, as under
-    nohup) and SIGUSR1 (schedulers, before the time is up). A second Ctrl-C or SIGTERM ends the process."""
-
-    def __init__(self):
-        self.signum = 0  # 0: nobody has asked
-        self.since = 0.0
-
-    def __enter__(self):
-        names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # Windows has the first two
-        signums = [getattr(signal, name) for name in names if hasattr(signal, name)]
-        ignored = [s for s in signums if s == getattr(signal, "SIGHUP", None)
-                   and signal.getsignal(s) == signal.SIG_IGN]
-        self.before = {s: signal.signal(s, self.note) for s in signums if s not in ignored}
-        return self
-
-    def note(self, signum, frame):
-        if self.signum and time.monotonic() - self.since < 1:
-            return  # a launcher passes on what the terminal has sent already
-        if self.signum and signum in (signal.SIGINT, signal.SIGTERM):
-            os._exit(128 + signum)
-        self.signum = self.signum or int(signum)
-        self.since = time.monotonic()
-        print("\nfinishing this step, then saving; once more to exit at once", file=sys.stderr, flush=True)
-
-    def __exit__(self, *exception):
-        for signum, handler in self.before.items():
-            signal.signal(signum, handler)
 
 
 class Run:
@@ -68,8 +33,7 @@ class Run:
 
     folder: holds the log and checkpoint/; None keeps nothing on disk. task: "pretrain", "sft", or a problem's
     name. is_main: only the first of several processes writes. quiet: no bar and no messages. tensorboard: a
-    folder for TensorBoard's files, or None. As a context manager it opens the log, notes signals and keeps
-    failing output from ending the training.
+    folder for TensorBoard's files, or None. As a context manager it opens the log and notes signals.
 
     start: the checkpoint dict that this run continues exactly, or None. stop: its StopRequest. stamp: its
     "<date>_<time>", None before it is open and on other processes than the first, until `stamp` is set."""
@@ -84,7 +48,6 @@ class Run:
         self.start = None
         self.stamp = None
         self.log = None
-        self.writer = None
         self.stop = StopRequest()
 
     @property
@@ -93,27 +56,20 @@ class Run:
         return self.folder is not None and self.is_main
 
     def __enter__(self):
-        if self.is_main and self.tensorboard:
-            self.writer = open_tensorboard(self.tensorboard)
-        if self.writes:
-            self.log = Log(self.folder)
-            self.stamp = self.log.stamp
-            self.log.write(first_line(self.task))
-        self.guard = guarded_output()
-        self.guard.__enter__()
+        self.log = Log(self.folder if self.writes else None, self.tensorboard if self.is_main else None)
+        self.log.write(first_line(self.task))
+        self.stamp = self.log.stamp
         self.stop.__enter__()
         return self
 
     def __exit__(self, *exception):
         self.stop.__exit__(*exception)
-        self.guard.__exit__(*exception)
-        if self.log:
-            self.log.close()
-        if self.writer:
-            self.writer.close()
+        self.log.close()
 
     def stats_path(self):
-        """The file of the statistics per layer (stats.py), beside the log."""
+        """The file of the statistics per layer (stats.py), beside the log; None where nothing is written."""
+        if not self.writes:
+            return None
         return os.path.join(self.folder, self.log.name.removesuffix(".log") + "_stats.jsonl")
 
     def say(self, text):
@@ -124,21 +80,6 @@ class Run:
         """A tqdm bar over `total` steps (0: no end is known)."""
         return tqdm(total=total or None, initial=initial, desc=self.task, unit="step", dynamic_ncols=True,
                     disable=self.quiet, mininterval=0.2 if sys.stderr.isatty() else 15)
-
-    def log_training(self, epoch, step, loss, lr, seconds, rate, flops, tokens, elapsed, norm):
-        """Write a training line (see metrics.train_line) and, where asked for, TensorBoard's scalars."""
-        if self.log:
-            self.log.write(train_line(epoch, step, loss, lr, seconds, rate, flops, tokens, elapsed, norm))
-        if self.writer:
-            scalars = {"loss": loss, "learning_rate": lr, "gradient_norm": norm, "tokens_per_second": rate}
-            for name, value in scalars.items():
-                self.writer.add_scalar(name, value, step)
-
-    def log_validation(self, step, val_loss, best_val_loss, tokens, elapsed):
-        if self.log:
-            self.log.write(val_line(step, val_loss, best_val_loss, tokens, elapsed))
-        if self.writer:
-            self.writer.add_scalar("validation_loss", val_loss, step)
 
     def path(self, kind):
         """The dated name of this run's checkpoint of `kind`: "best", "last" or "step_300"."""
@@ -207,15 +148,6 @@ def check_optimizer_settings(config, before, path):
                              f"state; set --{name} {then}")
 
 
-def open_tensorboard(folder):
-    """A SummaryWriter. Raises InputError where the package is missing."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise InputError("--tensorboard needs a package: pip install tensorboard") from None
-    return SummaryWriter(folder)
-
-
 @dataclass
 class Setup:
     """What `train.fit` needs: the model on the strategy's device, the data, the run."""
@@ -250,8 +182,3 @@ def build_run(config, strategy, task, tokenizer, model_config: ModelConfig, make
     if run.writes:
         ckpt.prepare_folder(run.checkpoints)
     return Setup(model, tokenizer, loader, val_loader, run)
-
-
-def improves(loss, best):
-    """Is `loss` better than `best`? NaN is never an improvement."""
-    return math.isfinite(loss) and loss < best

@@ -9,6 +9,7 @@ import gc
 import json
 import math
 import os
+import signal
 import sys
 import time
 
@@ -185,3 +186,36 @@ def guarded_output():
         sys.stdout.flush()
         sys.stderr.flush()
         sys.stdout, sys.stderr = before
+
+
+class StopRequest:
+    """A signal that asks training to finish its step, save and exit.
+
+    SIGINT (Ctrl-C), SIGTERM, SIGHUP (the terminal closes; not where it was ignored at the start, as under
+    nohup) and SIGUSR1 (schedulers, before the time is up). A second Ctrl-C or SIGTERM ends the process."""
+
+    def __init__(self):
+        self.signum = 0  # 0: nobody has asked
+        self.since = 0.0
+
+    def __enter__(self):
+        self.before = {}  # signal -> its handler until now
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):  # Windows has the first two
+            signum = getattr(signal, name, None)
+            if signum is None or (name == "SIGHUP" and signal.getsignal(signum) == signal.SIG_IGN):
+                continue
+            self.before[signum] = signal.signal(signum, self.note)
+        return self
+
+    def note(self, signum, frame):
+        if self.signum and time.monotonic() - self.since < 1:
+            return  # a launcher passes on what the terminal has sent already
+        if self.signum and signum in (signal.SIGINT, signal.SIGTERM):
+            os._exit(128 + signum)
+        self.signum = self.signum or int(signum)
+        self.since = time.monotonic()
+        print("\nfinishing this step, then saving; once more to exit at once", file=sys.stderr, flush=True)
+
+    def __exit__(self, *exception):
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)

@@ -24,7 +24,7 @@ def norm(tensor):
 
 
 class LayerStats:
-    """Records statistics of `model` every `interval` steps in the file `path`.
+    """Records statistics of `model` every `interval` steps in the file `path` (0 or None: nothing).
 
     A record holds the step and, per layer: norms of weights, gradients and updates (dicts by matrix); rms, of
     the residual stream after the layer; entropy of attention, in nats, the mean over heads and positions;
@@ -34,27 +34,30 @@ class LayerStats:
         self.model = model
         self.interval = interval
         self.before = None
-        try:
-            self.file = open(path, "w", encoding="utf-8", buffering=1)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written ({error.strerror})") from None
-
-    def is_due(self, step):
-        return step % self.interval == 0
+        self.file = None
+        if interval and path:
+            try:
+                self.file = open(path, "w", encoding="utf-8", buffering=1)
+            except OSError as error:
+                raise InputError(f"{path}: cannot be written ({error.strerror})") from None
 
     def matrices(self):
         """[(layer, name, parameter)] of the matrices in the blocks."""
         return [(layer, name, p) for layer, block in enumerate(self.model.transformer["h"])
                 for name, p in block.named_parameters() if p.ndim == 2]
 
-    def before_step(self):
-        """Keep what the step changes: weights and gradients."""
+    def before_step(self, step):
+        """Keep what the step changes, weights and gradients, if a record is due."""
+        if self.file is None or step % self.interval:
+            return
         self.before = [(p.detach().clone(), norm(p.grad) if p.grad is not None else math.nan)
                        for _, _, p in self.matrices()]
 
     @torch.no_grad()
     def after_step(self, step, x):
-        """Write the record of `step`; x: (B, T) token ids on the model's device."""
+        """Write the record of `step`, if it is due; x: (B, T) token ids on the model's device."""
+        if self.before is None:
+            return
         layers = [{"weights": {}, "gradients": {}, "updates": {}} for _ in self.model.transformer["h"]]
         for (layer, name, p), (weight, gradient) in zip(self.matrices(), self.before, strict=True):
             name = name.removesuffix(".weight")
@@ -62,42 +65,44 @@ class LayerStats:
             layers[layer]["gradients"][name] = gradient
             layers[layer]["updates"][name] = norm(p.detach() - weight)
         self.before = None
-        for layer, values in zip(layers, self.activations(x[:ROWS]), strict=True):
+        for layer, values in zip(layers, activations(self.model, x[:ROWS]), strict=True):
             layer.update(values)
         with contextlib.suppress(OSError):  # a full disk must not end the training
             self.file.write(json.dumps({"step": step, "layers": layers}) + "\n")
 
-    @torch.no_grad()
-    def activations(self, x):
-        """[{rms, entropy, max_logit, dead}] of each layer, from one forward pass without dropout."""
-        found = [{} for _ in self.model.transformer["h"]]
-        hooks = []
-        for values, block in zip(found, self.model.transformer["h"], strict=True):
-            def after_block(module, args, output, values=values):
-                values["rms"] = float(output.float().square().mean().sqrt())
-
-            def before_attention(module, args, values=values):
-                x, rope, _, is_causal = args[:4]
-                values["entropy"], values["max_logit"] = attention_entropy(module, x, rope, is_causal)
-
-            def before_projection(module, args, values=values):
-                active = (args[0].flatten(0, -2) != 0).any(0)  # (hidden,)
-                values["dead"] = 1 - float(active.float().mean())
-
-            hooks.append(block.register_forward_hook(after_block))
-            hooks.append(block.attn.register_forward_pre_hook(before_attention))
-            hooks.append(block.mlp.c_proj.register_forward_pre_hook(before_projection))
-        was_training = self.model.training
-        try:
-            self.model.eval()(x)
-        finally:
-            self.model.train(was_training)
-            for hook in hooks:
-                hook.remove()
-        return found
-
     def close(self):
-        self.file.close()
+        if self.file:
+            self.file.close()
+
+
+@torch.no_grad()
+def activations(model, x):
+    """[{rms, entropy, max_logit, dead}] of each layer, from one forward pass without dropout."""
+    found = [{} for _ in model.transformer["h"]]
+    hooks = []
+    for values, block in zip(found, model.transformer["h"], strict=True):
+        def after_block(module, args, output, values=values):
+            values["rms"] = float(output.float().square().mean().sqrt())
+
+        def before_attention(module, args, values=values):
+            x, rope, _, is_causal = args[:4]
+            values["entropy"], values["max_logit"] = attention_entropy(module, x, rope, is_causal)
+
+        def before_projection(module, args, values=values):
+            active = (args[0].flatten(0, -2) != 0).any(0)  # (hidden,)
+            values["dead"] = 1 - float(active.float().mean())
+
+        hooks.append(block.register_forward_hook(after_block))
+        hooks.append(block.attn.register_forward_pre_hook(before_attention))
+        hooks.append(block.mlp.c_proj.register_forward_pre_hook(before_projection))
+    was_training = model.training
+    try:
+        model.eval()(x)
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    return found
 
 
 def attention_entropy(attention, x, rope, is_causal):

@@ -6,7 +6,7 @@
 
 import contextlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -181,10 +181,9 @@ class SingleProcess:
 
 @dataclass
 class StepData:
-    """The micro-batches of one step, folded into as many passes as the strategy asks for."""
+    """The micro-batches of one step on the device, folded into as many passes as the strategy asks for."""
 
-    batches: list  # of pairs (x, y), int64 arrays (B, T), one a pass
-    tensors: list  # the same on the device
+    passes: list  # of pairs (x, y), int64 tensors (B, T)
     n_counted: list  # tokens with a loss in each of them
     n_read: int  # tokens in all of them, padding included
     position: dict  # loader.state_dict() before they were read
@@ -200,13 +199,10 @@ def load_step(loader, strategy, block_size):
         micro_batches = [round_up_width(x, y, block_size) for x, y in micro_batches]
     fold = strategy.fold
     batches = [join(micro_batches[i : i + fold]) for i in range(0, len(micro_batches), fold)]
-    return step_data(batches, strategy, position, epoch)
-
-
-def step_data(batches, strategy, position, epoch):
-    tensors = [(strategy.to_device(x), strategy.to_device(y)) for x, y in batches]
-    n_counted = [int((y != IGNORE).sum()) for _, y in batches]
-    return StepData(batches, tensors, n_counted, sum(x.size for x, _ in batches), position, epoch)
+    n_counted = [int((y != IGNORE).sum()) for _, y in batches]  # here, where no device is waited for
+    n_read = sum(x.size for x, _ in batches)
+    passes = [(strategy.to_device(x), strategy.to_device(y)) for x, y in batches]
+    return StepData(passes, n_counted, n_read, position, epoch)
 
 
 def pad_width(x, y, width):
@@ -246,6 +242,5 @@ def halve_passes(data, strategy):
     strategy.model.zero_grad()
     if strategy.compiles:
         torch.compiler.reset()  # frees the memory of CUDA graphs
-    batches = [half for x, y in data.batches
-               for half in zip(np.split(x, parts), np.split(y, parts), strict=True)]
-    return step_data(batches, strategy, data.position, data.epoch)
+    passes = [half for x, y in data.passes for half in zip(x.chunk(parts), y.chunk(parts), strict=True)]
+    return replace(data, passes=passes, n_counted=[int((y != IGNORE).sum()) for _, y in passes])

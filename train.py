@@ -15,12 +15,11 @@ import contextlib
 import math
 import os
 import signal
-import tempfile
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 from config import IGNORE, command_line
-from script import InputError, before_imports, guarded_output, print_json, run_script
+from script import InputError, before_imports, guarded_output, run_script
 
 
 def add_flags(cli):
@@ -38,10 +37,11 @@ import checkpoint as ckpt
 from dataloader import DataLoader
 from model import batch_loss
 from optimizer import build_optimizer, learning_rate
-from run import build_run, improves
+from run import build_run
 from stats import LayerStats
 from strategy import WIDTHS, SingleProcess, halve_passes, load_step
 from tokenizer import Tokenizer
+from verify_resume import verify_resume
 
 
 @torch.no_grad()
@@ -70,9 +70,9 @@ def accumulate_gradients(model, data, n_counted, strategy, config, tokenizer):
     The loss is the mean over the `n_counted` tokens of all micro-batches and processes. Each micro-batch's
     mean is weighted with its share of them; the gradients are averaged over the processes, so undo it."""
     loss = 0.0
-    for i, ((x, y), n) in enumerate(zip(data.tensors, data.n_counted, strict=True)):
+    for i, ((x, y), n) in enumerate(zip(data.passes, data.n_counted, strict=True)):
         share = n * strategy.world_size / max(1, n_counted)
-        with strategy.micro_step(last=i == len(data.tensors) - 1):
+        with strategy.micro_step(last=i == len(data.passes) - 1):
             with strategy.autocast():
                 micro_loss = share * batch_loss(model, x, y, config.document_mask, tokenizer.bos_id,
                                                 tokenizer.eos_id)
@@ -126,11 +126,9 @@ def fit(model, tokenizer, loader, val_loader, config, strategy, run):
     shortest_step = 0.0  # of the last two log lines
     steps_since_log = 0
     tokens_since_log = 0
-    stats = None
     follows_clock = config.decay_lr and not (config.lr_decay_iters or config.max_steps)
     with run, run.progress(config.max_steps, step) as bar:
-        if config.log_stats and run.writes:
-            stats = LayerStats(model, config.log_stats, run.stats_path())
+        stats = LayerStats(model, config.log_stats, run.stats_path())
         while True:
             # Stop here? All processes leave at the same step, whichever of them was asked to. The token
             # counts travel in the same message.
@@ -149,9 +147,10 @@ def fit(model, tokenizer, loader, val_loader, config, strategy, run):
             if not is_cut and (step % config.eval_interval == 0 or is_last):
                 val_loss = validation_loss(strategy.validated(trained), val_loader, strategy, config,
                                            tokenizer)
-                improved = improves(val_loss, best_val_loss)
+                improved = val_loss < best_val_loss  # never true of NaN
                 best_val_loss = val_loss if improved else best_val_loss
-                run.log_validation(step, val_loss, best_val_loss, tokens, elapsed)
+                run.log.validation(step=step, val_loss=val_loss, best_val_loss=best_val_loss, tokens=tokens,
+                                   elapsed=elapsed)
                 run.say(f"step {step}: validation loss {val_loss:.4f}, best {best_val_loss:.4f}")
                 if improved and step:
                     save("best")
@@ -178,16 +177,14 @@ def fit(model, tokenizer, loader, val_loader, config, strategy, run):
             loss, norm = strategy.read(loss, norm)
 
             # Step, unless a number is not finite: then no weight has changed, and the batch is kept.
-            if stats and stats.is_due(step):
-                stats.before_step()
+            stats.before_step(step)
             norm = strategy.take_step(lr, norm) if math.isfinite(loss) else strategy.skip_step()
-            if stats and stats.is_due(step):
-                stats.after_step(step, done.tensors[0][0])
+            stats.after_step(step, done.passes[0][0])
             if math.isfinite(norm):
                 losses.append(loss)
             else:
                 skipped += 1
-                refuse_nonfinite(step, done.batches, loss, norm, skipped, config, strategy, run)
+                refuse_nonfinite(step, done.passes, loss, norm, skipped, config, strategy, run)
 
             # Log.
             step += 1
@@ -200,10 +197,11 @@ def fit(model, tokenizer, loader, val_loader, config, strategy, run):
                 seconds_per_step = (now - last_logged) / steps_since_log
                 shortest_step = min(last_seconds, seconds_per_step)  # the first one may compile
                 rate = tokens_since_log / (now - last_logged)
-                flops = rate * model.flops_per_token(done.batches[0][0].shape[1])
+                flops = rate * model.flops_per_token(done.passes[0][0].size(1))
                 mean_loss = sum(losses) / len(losses) if losses else math.nan
-                run.log_training(data.epoch, step, mean_loss, lr, seconds_per_step, rate, flops, tokens,
-                                 now - began, norm)
+                run.log.training(epoch=data.epoch, step=step, loss=mean_loss, lr=lr, seconds=seconds_per_step,
+                                 tokens_per_second=rate, flops_per_second=flops, tokens=tokens,
+                                 elapsed=now - began, norm=norm)
                 bar.set_postfix_str(f"loss {mean_loss:.3f}, lr {lr:.1e}, {rate:,.0f} tokens/s, "
                                     f"{flops / 1e12:.3f} TFLOPS", refresh=False)
                 last_logged = now
@@ -211,11 +209,10 @@ def fit(model, tokenizer, loader, val_loader, config, strategy, run):
                 tokens_since_log = 0
                 losses = []
             bar.update()
-    if stats:
-        stats.close()
+    stats.close()
     return {"task": run.task, "step": step, "val_loss": val_loss, "best_val_loss": best_val_loss,
             "tokens": tokens, "seconds": round(time.perf_counter() - began, 1),
-            "log": run.log and run.log.name,
+            "log": run.log.name,
             "signal": int(run.stop.signum or (signal.SIGTERM if stopped else 0))}
 
 
@@ -224,8 +221,8 @@ def refuse_nonfinite(step, batches, loss, norm, skipped, config, strategy, run):
     what = f"step {step}: loss {loss:g}, gradient norm {norm:g}; no step taken"
     if run.folder is not None:
         path = os.path.join(run.checkpoints, f"nonfinite_step_{step}_rank_{strategy.rank}.npz")
-        arrays = {f"{name}_{i}": array for i, batch in enumerate(batches)
-                  for name, array in zip("xy", batch, strict=True)}
+        arrays = {f"{name}_{i}": tensor.cpu().numpy() for i, batch in enumerate(batches)
+                  for name, tensor in zip("xy", batch, strict=True)}
         with contextlib.suppress(OSError):
             os.makedirs(run.checkpoints, exist_ok=True)
             np.savez(path, **arrays)
@@ -290,66 +287,9 @@ def train_and_close(args, strategy):
     return 128 + result["signal"] if result["signal"] else 0
 
 
-class CutAt(SingleProcess):
-    """A process that gets Ctrl-C in the middle of step `cut`."""
-
-    def __init__(self, cut):
-        self.steps_left = cut
-
-    def take_step(self, lr, norm):
-        self.steps_left -= 1
-        if self.steps_left == 0:
-            signal.raise_signal(signal.SIGINT)
-        return super().take_step(lr, norm)
-
-
-def differences(a, b, name):
-    """Names of the values in which two checkpoints differ in a single bit."""
-    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-        return [found for key in a for found in differences(a[key], b[key], f"{name}.{key}")]
-    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        return [found for i, pair in enumerate(zip(a, b, strict=True))
-                for found in differences(*pair, f"{name}.{i}")]
-    same = torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
-    return [] if same else [name]
-
-
-def verify_resume(args, steps=6, cut=3):
-    """Train `steps` steps; train again, cut after `cut`, and continue; compare all that was saved.
-
-    Works in a temporary folder. Returns the exit status, 1 if anything differs."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)  # else CUDA sums in an order left to chance
-    schedule_end = args.train.lr_decay_iters or args.train.max_steps
-    args.train = replace(args.train, max_steps=steps, max_minutes=0.0, from_checkpoint="",
-                         lr_decay_iters=schedule_end)
-    args.train.dataset_path = [[os.path.join(args.root, path) for path in pair]
-                               for pair in args.train.dataset_path]
-    saved = []
-    with tempfile.TemporaryDirectory() as folder:
-        for name, strategy, start in (("whole", SingleProcess(), ""), ("cut", CutAt(cut), ""),
-                                      ("cut", SingleProcess(), f"{args.task}_last.pt")):
-            args.root = os.path.join(folder, name)
-            checkpoints = os.path.join(args.root, "checkpoint")
-            os.makedirs(checkpoints, exist_ok=True)
-            args.train.from_checkpoint = start and os.path.join(checkpoints, start)
-            train(args, strategy)
-            saved.append(ckpt.load(os.path.join(checkpoints, f"{args.task}_last.pt")))
-    whole, _, continued = saved
-    whole["train_config"] = continued["train_config"]  # their paths of from_checkpoint differ
-    for name in ("stamp", "seconds"):  # when the runs took place, and how fast
-        whole["dataloader"][name] = continued["dataloader"][name]
-    found = differences(whole, continued, "checkpoint")
-    print(f"{steps} steps, and {cut} + {steps - cut}: " + (
-        f"different in {len(found)} values, {', '.join(found[:5])}" if found else
-        "the same weights, optimizer, data position, random state and losses, bit for bit"))
-    print_json({"steps": steps, "cut_after": cut, "identical": not found, "different": found})
-    return 1 if found else 0
-
-
 def main():
     args = command_line(__doc__, add_flags)
-    return verify_resume(args) if args.verify_resume else train_and_close(args, SingleProcess())
+    return verify_resume(args, train) if args.verify_resume else train_and_close(args, SingleProcess())
 
 
 if __name__ == "__main__":

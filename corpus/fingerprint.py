@@ -7,7 +7,7 @@ import json
 import os
 
 from config import read_json
-from script import InputError, atomic_write
+from script import InputError, atomic_write, note
 
 
 def fingerprint_path(path):
@@ -39,14 +39,12 @@ def read_fingerprint(path):
 def check_vocabulary(path, tokenizer):
     """Check that the prepared file `path` was made with the vocabulary of `tokenizer`.
 
-    Returns "", or one line to print if the file has no fingerprint. Raises InputError naming the file if the
-    vocabulary is another one."""
+    A file without a fingerprint is not checked, and a note says so, once for all files of a folder. Raises
+    InputError naming the file if its vocabulary is another one."""
     content = read_fingerprint(path)
     if content is None:
-        # The same line for all files of a folder, so that `script.note` prints it once.
-        return (f"{os.path.dirname(path) or os.curdir}: files without a fingerprint (an older data.py wrote "
-                f"none), so it is not checked whether their vocabulary is that of {tokenizer.name}")
-    if content["vocabulary"] != tokenizer.fingerprint:
+        note(f"{os.path.dirname(path) or os.curdir}: files without a fingerprint (an older data.py wrote "
+             f"none), so it is not checked whether their vocabulary is that of {tokenizer.name}")
+    elif content["vocabulary"] != tokenizer.fingerprint:
         raise InputError(f"{path}: prepared with another vocabulary than {tokenizer.name}; run python "
                          "data.py again with all inputs together, or with --tokenizer FILE to keep one")
-    return ""

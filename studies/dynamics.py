@@ -64,7 +64,7 @@ import torch
 
 from corpus.fingerprint import write_fingerprint
 from plan import PreparedText, learning_rate_at
-from stats import LayerStats
+from stats import activations
 from strategy import SingleProcess
 from studies.grid import append_run, progress, read_runs, save_plot, train_run
 
@@ -249,9 +249,7 @@ def remove_positions(model):
 def attention_of(model, text, model_config):
     """Mean entropy of attention in nats and its largest logit, over the layers, on validation text."""
     x, _ = next(iter(text.loaders(model_config.block_size, 1, 4)[1].fixed_batches(1)))
-    stats = LayerStats(model, 1, os.devnull)
-    layers = stats.activations(torch.from_numpy(np.ascontiguousarray(x)).to(model.device))
-    stats.close()
+    layers = activations(model, torch.from_numpy(np.ascontiguousarray(x)).to(model.device))
     return {"entropy": statistics.mean(layer["entropy"] for layer in layers),
             "max_logit": max(layer["max_logit"] for layer in layers)}
 

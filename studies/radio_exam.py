@@ -72,7 +72,7 @@ if __name__ == "__main__":
 
 import checkpoint as ckpt
 from corpus.rows import load_conversations
-from generate import complete
+from scoring.answers import complete
 from scoring.contamination import KINDS, QuestionIndex, normalise, units_of_line
 from scoring.multiple_choice import LETTERS, read_choices
 from tokenizer import encode_prompt

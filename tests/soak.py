@@ -37,8 +37,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from conftest import Workspace, exact, forks, wait_for
 
 import checkpoint as ckpt
-import train
 from script import InputError
+from verify_resume import differences
 
 CONSTANT_SAVES = ["--eval_interval", 1, "--save_interval", 1, "--eval_iters", 1, "--lr_decay_iters", 100000,
                   "--gradient_accumulation_steps", 1, "--dropout", 0.1]
@@ -88,7 +88,7 @@ def kill_and_continue(workspace, kills, rng, progress=lambda n: None):
         path.unlink()
     assert start(*CONSTANT_SAVES, *last, "--save_interval", 10**9).wait() == 0
     untouched = workspace.load("pretrain_last.pt")
-    different = train.differences(exact(continued), exact(untouched), "checkpoint")
+    different = differences(exact(continued), exact(untouched), "checkpoint")
     assert not different, different[:5]
     return found
 
@@ -213,7 +213,7 @@ def flip_bits(path, scratch, flips, rng):
             assert str(error).startswith(f"{scratch}: ") and "\n" not in str(error), error
             refused += 1
         else:
-            assert not train.differences(got, expected, "checkpoint")
+            assert not differences(got, expected, "checkpoint")
             unchanged += 1
     return refused, unchanged
 

@@ -24,6 +24,7 @@ import train
 from generate import generate
 from run import Run
 from script import InputError
+from verify_resume import differences
 
 FIXTURES = Path(__file__).parent / "fixtures"
 REFERENCE = ["reference_rope.pt", "reference_learned.pt"]
@@ -174,7 +175,7 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(saved, tmp_path):
             assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
             refused += 1
         else:
-            assert not train.differences(got, expected, "checkpoint")
+            assert not differences(got, expected, "checkpoint")
     assert refused > 200
 
 

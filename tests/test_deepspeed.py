@@ -22,6 +22,7 @@ from config import TrainConfig
 from metrics import parse_log
 from script import InputError
 from train_deepspeed import Zero, count_slots
+from verify_resume import differences
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
 STAGES = {"0": {"stage": 0}, "1": {"stage": 1}, "2": {"stage": 2},
@@ -109,7 +110,7 @@ def test_every_stage_resumes_bit_for_bit(stages, stage):
     straight, continued = (ckpt.load(str(stages.path / "checkpoint" / f"ds_{stage}{end}"))
                            for end in ("", "_continued"))
     assert losses(stages.logs[stage])[0][3:] == losses(stages.logs[f"{stage}_continued"])[0]
-    assert not train.differences(exact(straight), exact(continued), stage)
+    assert not differences(exact(straight), exact(continued), stage)
     assert len(straight["rng"]) == 2 and straight["dataloader"]["rows"] == 6 * 4 * 4
 
 

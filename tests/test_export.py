@@ -21,8 +21,8 @@ import inference
 from config import ModelConfig
 from export import DTYPES
 from exports import portable
-from generate import complete
 from model import GPT
+from scoring.answers import complete
 from tokenizer import Tokenizer, encode_conversation, encode_prompt
 
 transformers = pytest.importorskip("transformers", reason="make test-export")

@@ -182,11 +182,6 @@ def test_a_checkpoint_is_found_from_another_working_directory(shared, tmp_path):
 
 # ---- E. NaN ----
 
-def test_nan_is_never_an_improvement_and_never_forgets_the_best():
-    assert run.improves(1.0, float("inf")) and not run.improves(float("nan"), float("inf"))
-    assert not run.improves(float("nan"), 1.0) and run.improves(0.5, 1.0) and not run.improves(1.5, 1.0)
-
-
 def test_a_nan_validation_keeps_the_best_checkpoint(workspace, monkeypatch):
     losses = iter([4.0, 3.0, float("nan"), 3.5, 3.4])  # at steps 0, 2, 4, 6 and 8
     monkeypatch.setattr(train, "validation_loss", lambda *_: next(losses))

@@ -6,16 +6,15 @@ import torch
 from config import check_sampling
 from cpu.int8 import quantize
 from generate import (
-    complete,
     decode_one_token,
     generate,
-    generate_all_at_once,
     logits_to_probs,
     penalize_repetition,
     prefill,
     sample,
 )
 from model import KVCache
+from scoring.answers import complete
 from script import InputError
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0, -3.0]])
@@ -230,8 +229,8 @@ def in_one_padded_batch(model, monkeypatch):
     def padded(model, idx, n, **options):
         groups.append((len(idx), options.get("padding")))
         return generate(model, idx, n, **options)
-    monkeypatch.setattr("generate.generate", padded)
-    monkeypatch.setattr("generate.goes_together", lambda device: True)
+    monkeypatch.setattr("scoring.answers.generate", padded)
+    monkeypatch.setattr("scoring.answers.goes_together", lambda device: True)
     return groups
 
 
@@ -269,13 +268,6 @@ def test_an_empty_prompt_among_others_is_refused(tiny_model):
 def test_complete_stays_inside_the_context(tiny_model):
     answers = complete(tiny_model(), [[1] * 30, [1] * 32], 10, temperature=0)
     assert [len(ids) for ids in answers] == [2, 0]
-
-
-def test_one_shot_generation_reads_every_position_and_refuses_causal_models(tiny_model):
-    model, idx = tiny_model(is_causal=False), PROMPT.repeat(2, 1)
-    assert torch.equal(generate_all_at_once(model, idx), model(idx)[0].argmax(-1))
-    with pytest.raises(InputError, match="is_causal false"):
-        generate_all_at_once(tiny_model(), idx)
 
 
 @pytest.mark.parametrize("name, value", [

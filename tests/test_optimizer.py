@@ -10,7 +10,8 @@ from conftest import TINY
 
 from config import ModelConfig, TrainConfig
 from model import GPT
-from optimizer import Muon, build_optimizer, learning_rate, orthogonalize, orthogonalize_bfloat16
+from muon import Muon, orthogonalize, orthogonalize_bfloat16
+from optimizer import build_optimizer, learning_rate
 
 SCHEDULE = dict(learning_rate=1.0, min_lr=0.1, warmup_iters=4, lr_decay_iters=14)
 

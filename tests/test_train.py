@@ -23,6 +23,7 @@ from dataloader import DataLoader
 from metrics import parse_log
 from optimizer import build_optimizer, learning_rate
 from run import Run
+from verify_resume import differences, verify_resume
 
 
 def lines(workspace, result):
@@ -411,7 +412,7 @@ def test_interrupted_and_continued_equals_never_interrupted_bit_for_bit(workspac
         assert first["step"] == step + 1 and first["signal"] == signal.SIGINT
         second = workspace.train(*words, "--from_checkpoint", f"checkpoint/{task}_last.pt")
         got = workspace.load(f"{task}_last.pt")
-        assert not train.differences(exact(got), exact(expected), f"after step {step}")
+        assert not differences(exact(got), exact(expected), f"after step {step}")
         assert what_was_logged(workspace, first, second) == logged, step
 
 
@@ -423,7 +424,7 @@ def test_mixed_precision_continues_exactly_too(workspace):
         with told_at(2):
             workspace.train(*words)
         workspace.train(*words, "--from_checkpoint", "checkpoint/pretrain_last.pt")
-        assert not train.differences(exact(workspace.load("pretrain_last.pt")), exact(expected), "resumed")
+        assert not differences(exact(workspace.load("pretrain_last.pt")), exact(expected), "resumed")
 
 
 def test_a_periodic_checkpoint_continues_exactly_too(workspace):
@@ -431,7 +432,7 @@ def test_a_periodic_checkpoint_continues_exactly_too(workspace):
     expected = workspace.load("pretrain_last.pt")
     (path,) = workspace.path.glob("checkpoint/*_step_4.pt")
     workspace.train("--from_checkpoint", path, "--dropout", 0.2)
-    assert not train.differences(exact(workspace.load("pretrain_last.pt")), exact(expected), "resumed")
+    assert not differences(exact(workspace.load("pretrain_last.pt")), exact(expected), "resumed")
 
 
 def test_time_that_is_up_continues_exactly_too(workspace):
@@ -448,7 +449,7 @@ def test_time_that_is_up_continues_exactly_too(workspace):
         assert workspace.train(*words)["step"] == 3
     second = workspace.train(*words, "--from_checkpoint", "checkpoint/pretrain_last.pt")
     assert second["best_val_loss"] == whole["best_val_loss"]
-    assert not train.differences(exact(workspace.load("pretrain_last.pt")), exact(expected), "resumed")
+    assert not differences(exact(workspace.load("pretrain_last.pt")), exact(expected), "resumed")
 
 
 def test_a_run_by_the_clock_has_its_time_once_also_when_it_is_cut(workspace, capsys):
@@ -505,11 +506,11 @@ def test_another_optimizer_than_the_checkpoints_is_named(workspace):
 def test_verify_resume_shows_that_a_cut_run_is_the_same(workspace, capsys):
     try:
         with workspace.here():
-            assert train.verify_resume(workspace.arguments("--dropout", "0.2")) == 0
+            assert verify_resume(workspace.arguments("--dropout", "0.2"), train.train) == 0
             verdict = json.loads(capsys.readouterr().out.splitlines()[-1])
             assert verdict == {"steps": 6, "cut_after": 3, "identical": True, "different": []}
             with mock.patch.object(strategy, "set_rng_state"):  # a resume that forgets the random state
-                assert train.verify_resume(workspace.arguments("--dropout", "0.2")) == 1
+                assert verify_resume(workspace.arguments("--dropout", "0.2"), train.train) == 1
             verdict = json.loads(capsys.readouterr().out.splitlines()[-1])
             assert not verdict["identical"] and any("model" in name for name in verdict["different"])
     finally:
