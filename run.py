@@ -62,9 +62,12 @@ class Run:
         self.stop.__enter__()
         return self
 
-    def __exit__(self, *exception):
-        self.stop.__exit__(*exception)
+    def __exit__(self, kind, error, traceback):
+        self.stop.__exit__(kind, error, traceback)
         self.log.close()
+        if isinstance(error, RuntimeError) and self.stop.signum:  # the compiler got Ctrl-C too
+            reason = next(iter(str(error).splitlines()), "")
+            raise InputError(f"interrupted in the middle of a step, nothing saved: {reason}") from None
 
     def stats_path(self):
         """The file of the statistics per layer (stats.py), beside the log; None where nothing is written."""
@@ -88,6 +91,17 @@ class Run:
     def fixed_name(self, kind):
         """The name that always means the newest checkpoint of `kind`; None for those of a step."""
         return None if kind.startswith("step_") else f"{self.task}_{kind}.pt"
+
+    def dated_name_of_best(self):
+        """The dated name of the checkpoint that the fixed name of the best one means now, or None."""
+        if not self.writes:
+            return None
+        try:
+            _, stamp, _ = ckpt.peek(os.path.join(self.checkpoints, self.fixed_name("best")))
+        except InputError:
+            return None
+        name = os.path.basename(f"{self.task}_{stamp}_best.pt")
+        return name if os.path.exists(os.path.join(self.checkpoints, name)) else None
 
     def latest(self):
         """Path and content of the newest valid checkpoint of this task; says which ones were skipped.

@@ -9,6 +9,7 @@ import gc
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -69,11 +70,12 @@ def run_script(main):
     except BrokenPipeError:  # the reader of our output (`| head`) has closed it: nothing is left to say
         status = 1
         discard(sys.stdout)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which this file does not import
+    except (RuntimeError, MemoryError) as error:  # torch's on a GPU and on a CPU, NumPy's
+        amount = re.search(r"allocate ([\d.]+ \w+)", str(error))
+        if amount is None:
             raise
         status = 2
-        print(f"error: {str(error).split('. ')[0]}: use a smaller batch or model, or --device cpu",
+        print(f"error: out of memory: {amount[1]} more were needed; use a smaller batch or model",
               file=sys.stderr)
     except OSError as error:  # no file of ours is meant, whose errors name it: the output's disk is full
         status = 1

@@ -233,7 +233,7 @@ def halve_passes(data, strategy):
     Raises InputError where a pass is a single micro-batch already, or other processes wait for this one."""
     if strategy.fold == 1 or strategy.world_size > 1:
         raise InputError(f"out of memory on {strategy.device}; lower batch_size (and raise "
-                         "gradient_accumulation_steps as much, which gives the same step)")
+                         "gradient_accumulation_steps by the same factor, which gives the same step)")
     smaller = max(n for n in range(1, strategy.fold) if strategy.fold % n == 0)
     strategy.say(f"out of memory on {strategy.device}: {smaller} instead of {strategy.fold} micro-batches in "
                  "a pass")

@@ -85,7 +85,7 @@ def fit(model, tokenizer, loader, val_loader, config, strategy, run):
     """Train until max_steps, max_minutes or a signal; the loop of every task and every way to run.
 
     model: a GPT on the strategy's device. loader, val_loader: DataLoaders or alike. run: a Run; it is opened
-    here. Returns a dict: step, val_loss, best_val_loss, tokens, seconds, signal, log."""
+    here. Returns a dict: task, step, val_loss, best_val_loss, tokens, seconds, saved, log, signal."""
     # What the loop works with, and where it stands: at the beginning, or where a checkpoint was saved.
     optimizer = build_optimizer(model, config, strategy.fast_bfloat16, strategy.rank, strategy.world_size)
     trained = strategy.wrap(model, optimizer)  # compiled or distributed; `model` shares its weights
@@ -95,6 +95,7 @@ def fit(model, tokenizer, loader, val_loader, config, strategy, run):
     skipped = 0  # steps whose gradient was not finite
     losses = []  # of the steps since the last log line
     before = 0.0  # seconds that the run has taken until it was cut
+    saved = set()  # kinds of checkpoints
     val_loss = None
     best_val_loss = math.inf
     if run.start:
@@ -118,6 +119,7 @@ def fit(model, tokenizer, loader, val_loader, config, strategy, run):
             "dataloader": {**data.position, "tokens": tokens, "losses": losses, "skipped": skipped,
                            "seconds": before + elapsed, "stamp": run.stamp},
         })
+        saved.add(kind)
 
     trained.train()
     began = time.perf_counter()
@@ -199,6 +201,9 @@ def fit(model, tokenizer, loader, val_loader, config, strategy, run):
                 rate = tokens_since_log / (now - last_logged)
                 flops = rate * model.flops_per_token(done.passes[0][0].size(1))
                 mean_loss = sum(losses) / len(losses) if losses else math.nan
+                if config.max_minutes:  # the time left, in steps
+                    left = max(0.0, 60 * config.max_minutes - used) / seconds_per_step
+                    bar.total = min(config.max_steps or math.inf, step + math.ceil(left))
                 run.log.training(epoch=data.epoch, step=step, loss=mean_loss, lr=lr, seconds=seconds_per_step,
                                  tokens_per_second=rate, flops_per_second=flops, tokens=tokens,
                                  elapsed=now - began, norm=norm)
@@ -212,7 +217,7 @@ def fit(model, tokenizer, loader, val_loader, config, strategy, run):
     stats.close()
     return {"task": run.task, "step": step, "val_loss": val_loss, "best_val_loss": best_val_loss,
             "tokens": tokens, "seconds": round(time.perf_counter() - began, 1),
-            "log": run.log.name,
+            "saved": [kind for kind in ("best", "last") if kind in saved], "log": run.log.name,
             "signal": int(run.stop.signum or (signal.SIGTERM if stopped else 0))}
 
 
@@ -266,6 +271,7 @@ def train(args, strategy):
                  f"{c.n_embd} wide, vocabulary {c.vocab_size}), {strategy.world_size} × {strategy.device}, "
                  f"{dtype}{', compiled' if strategy.compiles else ''}; {steps_per_epoch:.1f} steps an epoch")
     before = setup.run.start["step"] if setup.run.start else 0
+    earlier_best = setup.run.dated_name_of_best()
     result = fit(setup.model, setup.tokenizer, setup.loader, setup.val_loader, config, strategy,
                  setup.run)
     if result["step"] == before and not result["signal"]:
@@ -273,9 +279,11 @@ def train(args, strategy):
         strategy.say(f"no step was taken: the checkpoint has reached {limit} {getattr(config, limit)}; to go "
                      f"on, give a higher --{limit}")
         return result
+    files = [strategy.saved_as.format(f"{args.task}_{kind}") for kind in result["saved"]]
     strategy.say(f"{result['step']} steps in {result['seconds']:.0f} s, best validation loss "
-                 f"{result['best_val_loss']:.4f}; {strategy.saved_as.format(args.task + '_best')}, "
-                 f"{strategy.saved_as.format(args.task + '_last')}, {result['log']}")
+                 f"{result['best_val_loss']:.4f}; {', '.join([*files, result['log'] or ''])}")
+    if "best" in result["saved"] and earlier_best:
+        strategy.say(f"the best of the run before is checkpoint/{earlier_best}")
     return result
 
 

@@ -180,7 +180,14 @@ def test_out_of_memory_elsewhere_is_one_line(workspace, monkeypatch):
 
     monkeypatch.setattr(train, "validation_loss", validate)
     assert workspace.refused_training() == (
-        "error: CUDA out of memory: use a smaller batch or model, or --device cpu")
+        "error: out of memory: 20.00 GiB more were needed; use a smaller batch or model")
+
+
+def test_out_of_memory_on_a_cpu_is_one_line(workspace):
+    program = "import resource, script; resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32)); " \
+              "script.run_script(lambda: __import__('torch').empty(2**33))"
+    assert workspace.run("-c", program, status=2).stderr == (
+        "error: out of memory: 34359738368 bytes more were needed; use a smaller batch or model\n")
 
 
 def on_cuda(process, **values):

@@ -384,6 +384,41 @@ def test_a_first_step_that_compiles_for_long_does_not_end_a_run(workspace):
     assert result["step"] > 1 and 1.5 < result["seconds"] < 4
 
 
+def test_only_checkpoints_that_were_saved_are_named(workspace, capsys):
+    with told_at(0):
+        workspace.train()
+    said = capsys.readouterr().out
+    assert "checkpoint/pretrain_last.pt" in said and "pretrain_best.pt" not in said
+    workspace.train()
+    said = capsys.readouterr().out
+    assert "checkpoint/pretrain_best.pt, checkpoint/pretrain_last.pt" in said and "run before" not in said
+    (best,) = workspace.path.glob("checkpoint/pretrain_0*_best.pt")
+    workspace.train()
+    assert f"the best of the run before is checkpoint/{best.name}" in capsys.readouterr().out
+
+
+def test_a_run_by_the_clock_shows_the_time_left(workspace):
+    totals = []
+
+    class Bar(mock.MagicMock):
+        def update(self):
+            totals.append(self.total)
+
+    with mock.patch.object(Run, "progress", lambda *_: Bar(__enter__=lambda bar: bar)):
+        result = workspace.train("--max_steps", 0, "--lr_decay_iters", 0, "--max_minutes", 1 / 60)
+    assert totals[-1] == pytest.approx(result["step"], abs=2) and totals[2] > 3
+
+
+def test_a_compiler_that_ctrl_c_ends_too_is_one_line(workspace):
+    def compile_and_fail(*_):
+        signal.raise_signal(signal.SIGINT)
+        raise RuntimeError("InductorError: g++ was ended\nand much more")
+
+    with mock.patch.object(train, "accumulate_gradients", compile_and_fail):
+        line = workspace.refused_training()
+    assert line == "error: interrupted in the middle of a step, nothing saved: InductorError: g++ was ended"
+
+
 # ---- Continuing ----
 
 def what_was_logged(workspace, *results):
