@@ -46,8 +46,8 @@ class TextBlocks:
         if len(self.tokens) <= block_size:
             raise InputError(f"{path}: {len(self.tokens)} tokens are fewer than block_size + 1 = "
                              f"{block_size + 1}; take more text or a smaller block_size")
-        # One row fewer than would fit, so that each epoch can cut the text at other places: a model that
-        # sees the same windows again learns them by heart sooner.
+        # One row fewer than would fit, so that each epoch can start at another offset: a model that sees the
+        # same windows again learns them by heart sooner.
         self.n_rows = max(1, (len(self.tokens) - block_size) // block_size)
 
     def epoch_order(self, rng, batch_size):

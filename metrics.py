@@ -104,6 +104,37 @@ def open_tensorboard(folder):
     return SummaryWriter(folder)
 
 
+class Speed:
+    """How fast training is from one log line to the next, without pauses such as validation."""
+
+    def __init__(self):
+        self.since = time.perf_counter()
+        self.steps = 0
+        self.tokens = 0
+        self.seconds_per_step = 0.0
+        self.shortest_step = 0.0  # of the last two readings: a first step may take long, to compile
+        self.tokens_per_second = 0.0
+
+    def exclude(self, seconds):
+        """Leave out a pause that has just ended."""
+        self.since += seconds
+
+    def count(self, tokens):
+        """Count a step."""
+        self.steps += 1
+        self.tokens += tokens
+
+    def read(self):
+        """Set the rates of the steps since the last reading."""
+        seconds = time.perf_counter() - self.since
+        self.shortest_step = min(self.seconds_per_step, seconds / self.steps)
+        self.seconds_per_step = seconds / self.steps
+        self.tokens_per_second = self.tokens / seconds
+        self.since += seconds
+        self.steps = 0
+        self.tokens = 0
+
+
 def parse_line(line):
     """The fields of one line as a dict of numbers, keys in lower case; None for any other line."""
     fields = {}

@@ -41,7 +41,7 @@ class KVCache:
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.ids = torch.zeros(batch_size, length, dtype=torch.long, device=device)
         self.length = length
-        self.limit = min(length, config.block_size)  # of n_tokens
+        self.limit = min(length, config.block_size)  # n_tokens stays at or below this
         self.n_tokens = 0
 
     def columns(self, n_new):
@@ -256,7 +256,8 @@ class GPT(nn.Module):
             cos, sin = rope_table(config.block_size, head_size, config.rope_theta)
             self.register_buffer("rope_cos", cos.to(self.device), persistent=False)
             self.register_buffer("rope_sin", sin.to(self.device), persistent=False)
-        # Asked here, since the compiler cannot trace the questions. FlexAttention wants heads of 16 or more.
+        # Which kernels there are is asked here, since the compiler cannot trace the questions. FlexAttention
+        # wants heads of 16 or more.
         self.is_on_gpu = is_cuda = self.device.type == "cuda"
         kernels = usable_kernels(self.device) if can_compile(self.device) else None
         self.gpu_cross_entropy = kernels and kernels.CrossEntropy
@@ -302,7 +303,7 @@ class GPT(nn.Module):
         if past + T > limit:
             raise InputError(f"{past + T} tokens do not fit into the model's block_size "
                              f"{self.config.block_size}")
-        # With a cache, later calls have a mask, or one token that sees all: only the first call is causal.
+        # With a cache only the first call is causal: later ones have a mask, or a single token that sees all.
         mask, positions = self._mask_and_positions(idx, documents, cache)
         is_causal = self.config.is_causal and mask is None and past == 0
 

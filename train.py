@@ -35,6 +35,7 @@ import torch
 
 import checkpoint as ckpt
 from dataloader import DataLoader
+from metrics import Speed
 from model import batch_loss
 from optimizer import build_optimizer, learning_rate
 from run import build_run
@@ -68,7 +69,7 @@ def accumulate_gradients(model, data, n_counted, strategy, config, tokenizer):
     """Forward and backward pass of each micro-batch of a step. Returns the loss, a scalar tensor.
 
     The loss is the mean over the `n_counted` tokens of all micro-batches and processes. Each micro-batch's
-    mean is weighted with its share of them; the gradients are averaged over the processes, so undo it."""
+    mean is weighted with its share of them, times the number of processes, since DDP averages gradients."""
     loss = 0.0
     for i, ((x, y), n) in enumerate(zip(data.passes, data.n_counted, strict=True)):
         share = n * strategy.world_size / max(1, n_counted)
@@ -123,21 +124,17 @@ def fit(model, tokenizer, loader, val_loader, config, strategy, run):
 
     trained.train()
     began = time.perf_counter()
-    last_logged = began
-    seconds_per_step = 0.0
-    shortest_step = 0.0  # of the last two log lines
-    steps_since_log = 0
-    tokens_since_log = 0
+    speed = Speed()
     follows_clock = config.decay_lr and not (config.lr_decay_iters or config.max_steps)
     with run, run.progress(config.max_steps, step) as bar:
         stats = LayerStats(model, config.log_stats, run.stats_path())
         while True:
             # Stop here? All processes leave at the same step, whichever of them was asked to. The token
-            # counts travel in the same message.
+            # counts travel in the same message, and the first process's clock, to which the others add 0.
             paused = time.perf_counter()
             elapsed = paused - began
             used = before + elapsed if follows_clock else elapsed
-            late = 0 < 60 * config.max_minutes < used + shortest_step  # would one more step end too late?
+            late = 0 < 60 * config.max_minutes < used + speed.shortest_step  # would a step end too late?
             clock = before + elapsed if strategy.is_main else 0.0
             stopped, late, n_counted, n_read, clock = strategy.sum_over_ranks(
                 run.stop.signum > 0, late, sum(data.n_counted), data.n_read, clock)
@@ -154,14 +151,14 @@ def fit(model, tokenizer, loader, val_loader, config, strategy, run):
                 run.log.validation(step=step, val_loss=val_loss, best_val_loss=best_val_loss, tokens=tokens,
                                    elapsed=elapsed)
                 run.say(f"step {step}: validation loss {val_loss:.4f}, best {best_val_loss:.4f}")
-                if improved and step:
+                if improved and step:  # at step 0 nothing has been learnt
                     save("best")
             if step % config.save_interval == 0 and step and not is_last:
                 save(f"step_{step}")
             if is_last:
                 save("last")
                 break
-            last_logged += time.perf_counter() - paused  # the logged rates are those of training alone
+            speed.exclude(time.perf_counter() - paused)
 
             # Forward and backward. The device is still at work when the next batches are read; only then
             # is it waited for.
@@ -191,27 +188,20 @@ def fit(model, tokenizer, loader, val_loader, config, strategy, run):
             # Log.
             step += 1
             tokens += n_read
-            steps_since_log += 1
-            tokens_since_log += n_read
+            speed.count(n_read)
             if step % config.log_interval == 0:
-                now = time.perf_counter()
-                last_seconds = seconds_per_step
-                seconds_per_step = (now - last_logged) / steps_since_log
-                shortest_step = min(last_seconds, seconds_per_step)  # the first one may compile
-                rate = tokens_since_log / (now - last_logged)
-                flops = rate * model.flops_per_token(done.passes[0][0].size(1))
+                speed.read()
+                flops = speed.tokens_per_second * model.flops_per_token(done.passes[0][0].size(1))
                 mean_loss = sum(losses) / len(losses) if losses else math.nan
                 if config.max_minutes:  # the time left, in steps
-                    left = max(0.0, 60 * config.max_minutes - used) / seconds_per_step
+                    left = max(0.0, 60 * config.max_minutes - used) / speed.seconds_per_step
                     bar.total = min(config.max_steps or math.inf, step + math.ceil(left))
-                run.log.training(epoch=data.epoch, step=step, loss=mean_loss, lr=lr, seconds=seconds_per_step,
-                                 tokens_per_second=rate, flops_per_second=flops, tokens=tokens,
-                                 elapsed=now - began, norm=norm)
-                bar.set_postfix_str(f"loss {mean_loss:.3f}, lr {lr:.1e}, {rate:,.0f} tokens/s, "
-                                    f"{flops / 1e12:.3f} TFLOPS", refresh=False)
-                last_logged = now
-                steps_since_log = 0
-                tokens_since_log = 0
+                run.log.training(epoch=data.epoch, step=step, loss=mean_loss, lr=lr,
+                                 seconds=speed.seconds_per_step, tokens_per_second=speed.tokens_per_second,
+                                 flops_per_second=flops, tokens=tokens,
+                                 elapsed=time.perf_counter() - began, norm=norm)
+                bar.set_postfix_str(f"loss {mean_loss:.3f}, lr {lr:.1e}, {speed.tokens_per_second:,.0f} "
+                                    f"tokens/s, {flops / 1e12:.3f} TFLOPS", refresh=False)
                 losses = []
             bar.update()
     stats.close()

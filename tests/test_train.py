@@ -15,6 +15,7 @@ import torch
 from conftest import Workspace, bfloat16_that_is, exact, forks
 
 import device
+import metrics
 import strategy
 import train
 from checkpoint import build_model
@@ -160,6 +161,8 @@ def test_a_log_line_every_log_interval_holds_the_mean_since_the_last(shared):
 class Clock:
     """A clock on which a step of training takes one second and a validation a hundred."""
 
+    strftime = staticmethod(time.strftime)
+
     def __init__(self):
         self.now = 0.0
 
@@ -178,6 +181,7 @@ class Clock:
 def test_the_logged_rate_counts_training_alone(shared, monkeypatch):
     clock = Clock()
     monkeypatch.setattr(train, "time", clock)
+    monkeypatch.setattr(metrics, "time", clock)
     monkeypatch.setattr(train, "learning_rate", clock.learning_rate)
     monkeypatch.setattr(train, "validation_loss", clock.validation_loss)
     logged = lines(shared, shared.train("--log_interval", 4, "--eval_interval", 3, "--max_steps", 8))[0]
@@ -406,7 +410,7 @@ def test_a_run_by_the_clock_shows_the_time_left(workspace):
 
     with mock.patch.object(Run, "progress", lambda *_: Bar(__enter__=lambda bar: bar)):
         result = workspace.train("--max_steps", 0, "--lr_decay_iters", 0, "--max_minutes", 1 / 60)
-    assert totals[-1] == pytest.approx(result["step"], abs=2) and totals[2] > 3
+    assert result["step"] <= totals[-1] < 1.5 * result["step"] + 5 and totals[2] > 3
 
 
 def test_a_compiler_that_ctrl_c_ends_too_is_one_line(workspace):
