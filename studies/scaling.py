@@ -92,15 +92,8 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from plan import (
-    PreparedText,
-    effective,
-    learning_rate_at,
-    on_meta,
-    predict,
-    weight_decay_for,
-    with_shape,
-)
+from plan import PreparedText, on_meta, with_shape
+from scaling_law import effective, learning_rate_at, predict, weight_decay_for
 from strategy import SingleProcess
 from studies.grid import append_run, progress, read_runs, save_plot, train_run
 
