@@ -13,6 +13,7 @@ import glob
 import json
 import math
 import os
+import re
 import sys
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -319,20 +320,34 @@ def check_files(config, train_config, root):
         raise InputError(f"{path}: no such file; run python data.py first")
     path = config.from_checkpoint
     if path and path != "latest" and not os.path.exists(find(path, root)):
-        raise InputError(f"from_checkpoint {path}: no such file{what_there_is()}")
+        last = re.sub(r"_best\.pt$", "_last.pt", path)
+        hint = what_there_is(path, root)
+        if last != path and os.path.exists(find(last, root)):
+            hint = f"; start from the last one instead: --from_checkpoint {last}"
+        raise InputError(f"from_checkpoint {path}: no such file{hint}")
 
 
 def require_checkpoint(path):
     """Raise InputError if there is no such file or folder (see `find`), before torch is imported."""
     if not os.path.exists(find(path)):
-        raise InputError(f"{path}: no such file{what_there_is()}")
+        raise InputError(f"{path}: no such file{what_there_is(path)}")
 
 
-def what_there_is():
-    """The end of a message about a missing checkpoint: which ones there are."""
-    found = glob.glob(os.path.join(glob.escape(ROOT), "checkpoint", "*.pt"))
-    names = sorted(map(os.path.basename, found))
-    return f"; there are {', '.join(names[:8])}" if names else "; train a model first (python train.py)"
+def what_there_is(wanted="", root=ROOT):
+    """The end of a message about a missing checkpoint: the one in checkpoint/ whose name is that of `wanted`
+    or nearly so, else which ones there are: those with fixed names, then the newest."""
+    paths = glob.glob(os.path.join(glob.escape(root), "checkpoint", "*.pt"))
+    found = set(map(os.path.basename, paths))
+    if not found:
+        return "; train a model first (python train.py)"
+    fixed = sorted(name for name in found if re.fullmatch(r"[a-z]+_(best|last)\.pt", name))
+    # A dated name holds date and time, by which it sorts: pretrain_20261128_102506_best.pt
+    dated = sorted(found.difference(fixed), key=lambda name: (name.partition("_")[2], name), reverse=True)
+    name = os.path.basename(wanted)
+    close = [name] if name in found else difflib.get_close_matches(name, [*fixed, *dated], n=1, cutoff=0.8)
+    if close:
+        return f"; did you mean checkpoint/{close[0]}?"
+    return "; there are " + ", ".join(f"checkpoint/{name}" for name in [*fixed, *dated][:8])
 
 
 def check_sampling(temperature, top_k, top_p, repetition_penalty, repeat_last_n=-1):
