@@ -304,6 +304,17 @@ def find(path, root=ROOT):
     return path if os.path.exists(path) else os.path.join(root, path)
 
 
+def numbered_texts(path, root=ROOT):
+    """The pairs of files that data.py wrote for several texts beside `path`, for --dataset_path; [] if `path`
+    is not pretrain_train.npy or pretrain_val.npy, whose place they take."""
+    folder, name = os.path.split(path)
+    if name not in ("pretrain_train.npy", "pretrain_val.npy"):
+        return []
+    pairs = [[os.path.join(folder, f"pretrain_{i}_{side}.npy") for side in ("train", "val")]
+             for i in range(100)]
+    return [pair for pair in pairs if os.path.exists(os.path.join(root, pair[0]))]
+
+
 def check_files(config, train_config, root):
     """Raise InputError for data or a checkpoint that does not exist, before torch is imported."""
     if not config.dataset_path:
@@ -311,12 +322,9 @@ def check_files(config, train_config, root):
     for path in (path for pair in config.dataset_path for path in pair):
         if os.path.exists(os.path.join(root, path)):
             continue
-        parts = [path.replace("pretrain_", f"pretrain_{i}_") for i in range(100)]
-        parts = [part for part in parts if os.path.exists(os.path.join(root, part))]
-        if "pretrain_train" in path and parts:
-            pairs = [[part, part.replace("_train.npy", "_val.npy")] for part in parts]
-            raise InputError(f"{path}: no such file, but data.py wrote {len(parts)} texts; train on them "
-                             f"with --dataset_path '{json.dumps(pairs)}'")
+        if pairs := numbered_texts(path, root):
+            raise InputError(f"{path}: no such file, but data.py wrote {len(pairs)} texts; train on them "
+                             f"with --dataset_path '{json.dumps(pairs, ensure_ascii=False)}'")
         raise InputError(f"{path}: no such file; run python data.py first")
     path = config.from_checkpoint
     if path and path != "latest" and not os.path.exists(find(path, root)):
