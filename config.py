@@ -255,8 +255,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         prefix = "unrecognized arguments: "
         if message.startswith(prefix):
-            known = [name for action in self._actions for name in action.option_strings]
-            message += nearest(message[len(prefix):].split()[0].split("=")[0], known)
+            # Compared without the dashes, by which all of them are alike.
+            known = [name[2:] for name in self._option_string_actions if name.startswith("--")]
+            word = message[len(prefix):].split()[0].split("=")[0].lstrip("-")
+            message += nearest(word, known).replace('"', '"--', 1)
         print(f"error: {message} (see --help)", file=sys.stderr)
         sys.exit(2)
 

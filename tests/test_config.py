@@ -156,6 +156,9 @@ def test_a_byte_order_mark_is_read_over(write):
 
 @pytest.mark.parametrize("words, message", [
     (["--learning_rat", "1"], "--learning_rat 1; did you mean \"--learning_rate\""),
+    (["--max_step", "1"], '--max_step 1; did you mean "--max_steps"?'),
+    (["--steps=5"], '--steps=5; did you mean "--max_steps"?'),
+    (["--foo"], "unrecognized arguments: --foo (see --help)"),
     (["--batch_size", "four"], "argument --batch_size: invalid int value: 'four'"),
     (["--batch_size", "0"], "batch_size is 0, but must be at least 1"),
     (["--optimizer", "sgd"], "argument --optimizer: invalid choice: 'sgd'"),
