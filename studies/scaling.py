@@ -286,7 +286,7 @@ def plot(n, d, loss, predicted, law, path):
             axis.plot(tokens * factor, predict(law, size, tokens), color=dots.get_color(), linewidth=1)
     by_compute.plot(budget, predict(law, *optimum(law, budget)), "k--", linewidth=1, label="the best N")
     check.plot(loss, predict(law, n, d), "o", label="fitted to all runs")
-    check.plot(loss, predicted, "s", markerfacecolor="none", label="predicted from smaller runs")
+    check.plot(loss, predicted, "s", markerfacecolor="none", label="predicted from the smaller runs")
     check.axline((loss.min(), loss.min()), slope=1, color="k", linewidth=0.8)
     for axis, title, x, y in ((by_tokens, "runs and law", "tokens D, repeats count less", "validation loss"),
                               (by_compute, "by compute", "FLOPs, 6 N D", "validation loss"),
