@@ -13,6 +13,7 @@ import glob
 import json
 import math
 import os
+import re
 import sys
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -254,8 +255,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         prefix = "unrecognized arguments: "
         if message.startswith(prefix):
-            known = [name for action in self._actions for name in action.option_strings]
-            message += nearest(message[len(prefix):].split()[0].split("=")[0], known)
+            # Compared without the dashes, by which all of them are alike.
+            known = [name[2:] for name in self._option_string_actions if name.startswith("--")]
+            word = message[len(prefix):].split()[0].split("=")[0].lstrip("-")
+            message += nearest(word, known).replace('"', '"--', 1)
         print(f"error: {message} (see --help)", file=sys.stderr)
         sys.exit(2)
 
@@ -303,6 +306,17 @@ def find(path, root=ROOT):
     return path if os.path.exists(path) else os.path.join(root, path)
 
 
+def numbered_texts(path, root=ROOT):
+    """The pairs of files that data.py wrote for several texts beside `path`, for --dataset_path; [] if `path`
+    is not pretrain_train.npy or pretrain_val.npy, whose place they take."""
+    folder, name = os.path.split(path)
+    if name not in ("pretrain_train.npy", "pretrain_val.npy"):
+        return []
+    pairs = [[os.path.join(folder, f"pretrain_{i}_{side}.npy") for side in ("train", "val")]
+             for i in range(100)]
+    return [pair for pair in pairs if os.path.exists(os.path.join(root, pair[0]))]
+
+
 def check_files(config, train_config, root):
     """Raise InputError for data or a checkpoint that does not exist, before torch is imported."""
     if not config.dataset_path:
@@ -310,29 +324,40 @@ def check_files(config, train_config, root):
     for path in (path for pair in config.dataset_path for path in pair):
         if os.path.exists(os.path.join(root, path)):
             continue
-        parts = [path.replace("pretrain_", f"pretrain_{i}_") for i in range(100)]
-        parts = [part for part in parts if os.path.exists(os.path.join(root, part))]
-        if "pretrain_train" in path and parts:
-            pairs = [[part, part.replace("_train.npy", "_val.npy")] for part in parts]
-            raise InputError(f"{path}: no such file, but data.py wrote {len(parts)} texts; train on them "
-                             f"with --dataset_path '{json.dumps(pairs)}'")
+        if pairs := numbered_texts(path, root):
+            raise InputError(f"{path}: no such file, but data.py wrote {len(pairs)} texts; train on them "
+                             f"with --dataset_path '{json.dumps(pairs, ensure_ascii=False)}'")
         raise InputError(f"{path}: no such file; run python data.py first")
     path = config.from_checkpoint
     if path and path != "latest" and not os.path.exists(find(path, root)):
-        raise InputError(f"from_checkpoint {path}: no such file{what_there_is()}")
+        last = re.sub(r"_best\.pt$", "_last.pt", path)
+        hint = what_there_is(path, root)
+        if last != path and os.path.exists(find(last, root)):
+            hint = f"; start from the last one instead: --from_checkpoint {last}"
+        raise InputError(f"from_checkpoint {path}: no such file{hint}")
 
 
 def require_checkpoint(path):
     """Raise InputError if there is no such file or folder (see `find`), before torch is imported."""
     if not os.path.exists(find(path)):
-        raise InputError(f"{path}: no such file{what_there_is()}")
+        raise InputError(f"{path}: no such file{what_there_is(path)}")
 
 
-def what_there_is():
-    """The end of a message about a missing checkpoint: which ones there are."""
-    found = glob.glob(os.path.join(glob.escape(ROOT), "checkpoint", "*.pt"))
-    names = sorted(map(os.path.basename, found))
-    return f"; there are {', '.join(names[:8])}" if names else "; train a model first (python train.py)"
+def what_there_is(wanted="", root=ROOT):
+    """The end of a message about a missing checkpoint: the one in checkpoint/ whose name is that of `wanted`
+    or nearly so, else which ones there are: those with fixed names, then the newest."""
+    paths = glob.glob(os.path.join(glob.escape(root), "checkpoint", "*.pt"))
+    found = set(map(os.path.basename, paths))
+    if not found:
+        return "; train a model first (python train.py)"
+    fixed = sorted(name for name in found if re.fullmatch(r"[a-z]+_(best|last)\.pt", name))
+    # A dated name holds date and time, by which it sorts: pretrain_20261128_102506_best.pt
+    dated = sorted(found.difference(fixed), key=lambda name: (name.partition("_")[2], name), reverse=True)
+    name = os.path.basename(wanted)
+    close = [name] if name in found else difflib.get_close_matches(name, [*fixed, *dated], n=1, cutoff=0.8)
+    if close:
+        return f"; did you mean checkpoint/{close[0]}?"
+    return "; there are " + ", ".join(f"checkpoint/{name}" for name in [*fixed, *dated][:8])
 
 
 def check_sampling(temperature, top_k, top_p, repetition_penalty, repeat_last_n=-1):

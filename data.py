@@ -23,6 +23,7 @@ place before everything has succeeded.
 import contextlib
 import filecmp
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -225,8 +226,22 @@ def remove_leftovers(out):
 
 # ---- The report ----
 
-def report(result):
-    """Print the result, for people first; the last line is JSON."""
+def path_in_config(path):
+    """`path` as dataset_path takes it, whatever the current folder: relative to the repository if it is in
+    there."""
+    path = os.path.abspath(path)
+    return os.path.relpath(path, ROOT) if path.startswith(os.path.join(ROOT, "")) else path
+
+
+def training_command(out, stems):
+    """The command that trains on the data sets `stems` in the folder `out`."""
+    pairs = [[path_in_config(path) for path in both_paths(out, stem)] for stem in stems]
+    task = " -t sft" if stems == ["sft"] else ""
+    return f"python train.py{task} --dataset_path '{json.dumps(pairs, ensure_ascii=False)}'"
+
+
+def report(result, out):
+    """Print the result, for people first; the last line is JSON. out: the folder with the files."""
     for numbers in [*result["pretrain"], *([result["sft"]] if result["sft"] else [])]:
         facts = [fact_in_words(name, value) for name, value in numbers.items()
                  if name not in ("file", *SIDES)]
@@ -241,9 +256,13 @@ def report(result):
         print("commonest unknown: " + ", ".join(f"{c!r} {n:,}" for c, n in result["commonest_unknown"]))
     print(f"wrote {', '.join(result['files'])}")
     if len(result["pretrain"]) > 1:
-        texts = [path for path in result["files"] if os.path.basename(path).startswith("pretrain_")]
-        pairs = ", ".join(f'["{train}", "{val}"]' for train, val in zip(texts[::2], texts[1::2], strict=True))
-        print(f"to train on them in this order: python train.py --dataset_path '[{pairs}]'")
+        stems = [f"pretrain_{i}" for i in range(len(result["pretrain"]))]
+        print(f"to train on them in this order: {training_command(out, stems)}")
+    is_elsewhere = os.path.realpath(out) != os.path.realpath(DATASET)  # than config_*.json say
+    if is_elsewhere and len(result["pretrain"]) == 1:
+        print(f"to train on it: {training_command(out, ['pretrain'])}")
+    if is_elsewhere and result["sft"]:
+        print(f"to fine-tune on it: {training_command(out, ['sft'])}")
     print_json(result)
 
 
@@ -272,7 +291,7 @@ def main(argv=None):
             result["files"] = put_in_place(finished, args.out)
     except OSError as error:
         raise InputError(f"{error.filename or args.out}: {error.strerror or error}") from None
-    report(result)
+    report(result, args.out)
 
 
 if __name__ == "__main__":

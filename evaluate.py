@@ -11,6 +11,7 @@ The last line on standard output is one JSON object with every score.
 """
 
 import math
+import os
 import sys
 
 from config import IGNORE, Parser, require_checkpoint
@@ -89,9 +90,10 @@ def characters_of_ids(tokenizer):
 
 
 @torch.inference_mode()
-def score_batches(model, tokenizer, batches, document_mask):
+def score_batches(model, tokenizer, batches, document_mask, total=None):
     """The scores of some batches (x, y), int64 arrays (B, T), as a dict.
 
+    total: the number of batches, for the time left on the progress bar; None: not known.
     loss: nats a predicted token. bits_per_character: the bits of all predicted tokens by the number of their
     characters (None if they have none). unknown: how many of them are <|unknown|>."""
     lengths = characters_of_ids(tokenizer)
@@ -99,7 +101,7 @@ def score_batches(model, tokenizer, batches, document_mask):
     n_tokens = 0
     n_characters = 0
     n_unknown = 0
-    for x, y in tqdm(batches, desc="loss", unit="batch"):
+    for x, y in tqdm(batches, desc="loss", unit="batch", total=total):
         predicted = y[y != IGNORE]
         x = torch.from_numpy(x).to(model.device)
         y = torch.from_numpy(y).to(model.device)
@@ -136,6 +138,11 @@ def window_batches(pieces, block_size, pad_id):
         yield x.reshape(n, block_size), y.reshape(n, block_size)
 
 
+def n_window_batches(n_ids, block_size):
+    """How many batches `window_batches` makes of `n_ids` ids."""
+    return -(-max(0, n_ids - 1) // (TEXT_BATCH * block_size))
+
+
 def last_cut(text, tokenizer, longest):
     """Where `text`, which goes on, can be cut in two that are encoded as in the whole: no entry of the
     vocabulary, of at most `longest` characters, reaches across. 0 if nowhere."""
@@ -165,8 +172,12 @@ def encode_pieces(tokenizer, path):
 
 
 def score_text(model, tokenizer, path, document_mask):
-    batches = window_batches(encode_pieces(tokenizer, path), model.config.block_size, tokenizer.pad_id)
-    scores = score_batches(model, tokenizer, batches, document_mask)
+    block_size = model.config.block_size
+    total = None
+    if os.path.isfile(path):  # a pipe can be read only once
+        total = n_window_batches(sum(map(len, encode_pieces(tokenizer, path))), block_size)
+    batches = window_batches(encode_pieces(tokenizer, path), block_size, tokenizer.pad_id)
+    scores = score_batches(model, tokenizer, batches, document_mask, total)
     if not scores["tokens"]:
         raise InputError(f"{path}: too short to score; it must hold at least two tokens")
     return scores
@@ -200,11 +211,14 @@ def score_data(model, tokenizer, path, document_mask):
     pieces = read_ids(path, data, model.config.vocab_size)
     if data.ndim == 1:
         batches = window_batches(pieces, model.config.block_size, tokenizer.pad_id)
+        total = n_window_batches(len(data), model.config.block_size)
     else:
         for _ in pieces:  # only looks for ids beyond the vocabulary
             pass
-        batches = row_batches(InstructionRows(path, model.config.block_size, tokenizer.pad_id))
-    scores = score_batches(model, tokenizer, batches, document_mask)
+        source = InstructionRows(path, model.config.block_size, tokenizer.pad_id)
+        batches = row_batches(source)
+        total = -(-source.n_rows // ROW_BATCH)
+    scores = score_batches(model, tokenizer, batches, document_mask, total)
     if not scores["tokens"]:
         raise InputError(f"{path}: holds no token to score; run python data.py")
     return scores

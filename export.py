@@ -146,8 +146,12 @@ def to_gguf(args, model, tokenizer, chat):
         sync_file(temporary)
         difference = checked(args, "xllamacpp",
                              lambda: export_gguf.check_file(model, tokenizer, temporary, chat))
-    export_gguf.write_modelfile(modelfile_of(args.output), os.path.basename(args.output), tokenizer,
+    modelfile = modelfile_of(args.output)
+    before = export_gguf.named_in_modelfile(modelfile)
+    export_gguf.write_modelfile(modelfile, os.path.basename(args.output), tokenizer,
                                 model.config.block_size, chat)
+    if before not in (None, os.path.basename(args.output)):
+        print(f"{modelfile}: replaced, and no longer names {before}; export to another folder to keep both")
     return difference
 
 

@@ -62,11 +62,13 @@ from generate_gpu import use_half_precision
 from tokenizer import encode_prompt
 
 
-def fit_prompt(ids, room, keep_first):
-    """The end of `ids` that fits into `room` tokens; under the template the first mark stays in front."""
+def fit_prompt(ids, room, keep_first, what="prompt"):
+    """The end of `ids` that fits into `room` tokens; under the template the first mark stays in front.
+
+    what: what the line that says so calls the ids."""
     if len(ids) <= room:
         return ids
-    print(f"(the prompt has {len(ids)} tokens; its last {room} are used)", file=sys.stderr)
+    print(f"(the {what} has {len(ids)} tokens; its last {room} are used)", file=sys.stderr)
     return ids[:keep_first] + ids[len(ids) - room + keep_first:]
 
 
@@ -78,7 +80,8 @@ def answer(model, tokenizer, ids, args, generator, turn_length):
     length = args.max_length or model.config.block_size
     # At least a quarter of the context is left for the answer.
     room = min(length - 1, model.config.block_size - model.config.block_size // 4)
-    ids = fit_prompt(ids, max(1, room), keep_first=1 if args.instruct else 0)
+    ids = fit_prompt(ids, max(1, room), keep_first=1 if args.instruct else 0,
+                     what="conversation" if turn_length < len(ids) else "prompt")
     idx = torch.tensor([ids], device=model.device)
     text = ""
     try:

@@ -34,8 +34,6 @@ SHAPE = dict(n_kv_head=0, activation="relu2", qk_norm=True, use_rope=True, n_pre
              is_causal=True, final_norm="rmsnorm")
 RECIPE = dict(optimizer="muon", decay_lr=True, lr_schedule="linear", min_lr=0.0, lr_decay_iters=0,
               embedding_lr=1.0, dropout=0.0)
-LEARNING_RATE = 3e-3  # of a model AT_WIDTH wide
-AT_WIDTH = 256
 MEASURING_SECONDS = 30
 VALIDATIONS = 10  # in a run
 
@@ -61,6 +59,8 @@ def command_line(argv=None, root=ROOT):
             raise InputError(f"--{name} {value}: must be above 0")
     if args.minutes is not None and args.minutes < 0.5:
         raise InputError(f"--minutes {args.minutes:g}: must be at least 0.5; starting takes some seconds")
+    if args.tokens is not None and args.tokens >= 2**63:
+        raise InputError(f"--tokens {str(args.tokens)[:20]}…: must be below 2**63")
     args.flags = cli.overrides(args, TrainConfig)
     overrides = {**args.flags, **RECIPE, "max_steps": 1, "warmup_iters": 0, "from_checkpoint": ""}
     args.train = load_config(TrainConfig, args.train_config, overrides)
@@ -72,42 +72,19 @@ def command_line(argv=None, root=ROOT):
 if __name__ == "__main__":
     before_imports(command_line)
 
-import numpy as np
 import torch
 
 from dataloader import DataLoader
 from model import GPT
 from optimizer import build_optimizer
 from run import build_run
+from scaling_law import AT_WIDTH, LAWS, effective, learning_rate_at, predict, weight_decay_for
 from strategy import FOLDED_TOKENS, SingleProcess, load_step
 from tokenizer import Tokenizer
 from train import accumulate_gradients
 
-# Fitted to the runs in docs/scaling.md: 256-token windows of these texts, with SHAPE and RECIPE.
-LAWS = {
-    "Tiny Shakespeare": {"vocab_size": 71, "E": 0.923, "A": 131.1, "B": 61.62, "alpha": 0.521, "beta": 0.351},
-    "amateur radio": {"vocab_size": 2096, "E": 0.497, "A": 243.7, "B": 40.5, "alpha": 0.456, "beta": 0.217},
-}
 PASSES = 20  # over the text, at most; many more bring nothing but memorising (docs/scaling.md)
 MEMORISING = 6  # parameters per training token, at most; with more, the same happens sooner
-
-
-def saturating(amount, enough, limit):
-    """`amount` up to `enough`; of what is above, at most `limit` × `enough` (Muennighoff et al. 2023)."""
-    excess = np.maximum(0.0, np.asarray(amount) / enough - 1)
-    return np.minimum(amount, enough) + enough * limit * (1 - np.exp(-excess / limit))
-
-
-def effective(n, tokens, unique):
-    """What n parameters and `tokens` tokens are worth if the text has only `unique` tokens, read repeatedly.
-
-    The limit of 5.3 is that of the paper; the other, 15.4 there, was fitted with the laws."""
-    return saturating(n, unique, 5.3), saturating(tokens, unique, 8.0)
-
-
-def predict(law, n, d):
-    """The law's loss for n parameters and d tokens: E + A / n^alpha + B / d^beta (Hoffmann et al. 2022)."""
-    return law["E"] + law["A"] / n ** law["alpha"] + law["B"] / d ** law["beta"]
 
 
 def choose_law(root, vocab_size, n_tokens):
@@ -123,20 +100,6 @@ def choose_law(root, vocab_size, n_tokens):
     name = min(LAWS, key=lambda name: abs(math.log(LAWS[name]["vocab_size"] / vocab_size)))
     return LAWS[name], (f"the shipped one of {name}, whose vocabulary of {LAWS[name]['vocab_size']} is "
                         "nearest; python -m studies.scaling fits one to your text")
-
-
-def weight_decay_for(n, tokens, unique, learning_rate, in_a_step):
-    """The usual 0.1, or more where n parameters could memorise a text of `unique` tokens that is read again:
-    then they forget within about a pass, as learning rate × decay × steps in a pass is near 1 (a timescale
-    as in Wang & Aitchison 2024; docs/scaling.md). in_a_step: tokens in a step."""
-    in_a_pass = min(1.6, math.sqrt(n * tokens) / (4 * unique))
-    return max(0.1, in_a_pass * in_a_step / (learning_rate * unique))
-
-
-def learning_rate_at(width, learning_rate=LEARNING_RATE, at_width=AT_WIDTH):
-    """The learning rate of a model `width` wide, given that of one `at_width` wide: in inverse proportion, as
-    in μP (Yang et al. 2022) for the hidden matrices; measured in docs/scaling.md."""
-    return learning_rate * at_width / width
 
 
 def with_shape(model_config, layers, width):
@@ -217,6 +180,7 @@ class Planner:
             self.memory = 0.9 * torch.cuda.get_device_properties(self.device).total_memory
         self.deadline = time.perf_counter() + MEASURING_SECONDS
         self.flops = None  # per second, of the last model that was measured
+        self.limit = "the largest shape that plan.py tries, not the memory"  # of the last model of all
 
     def training_seconds(self):
         """Seconds of --minutes that are left for training steps; 4 % are for validation."""
@@ -278,6 +242,8 @@ class Planner:
         n = on_meta(model).n_multiplied()
         unique = self.text.n_tokens
         if n > MEMORISING * unique and (layers, width) != LADDER[0]:
+            self.limit = (f"the text, not the memory: with more than {MEMORISING} parameters for each of its "
+                          f"{unique:,} training tokens, a model would learn it by heart")
             return None
         flops_per_token = on_meta(model).flops_per_token()
         speed = (self.flops or 1e10) / flops_per_token  # a guess, to begin with
@@ -288,6 +254,7 @@ class Planner:
             before = step
             step = self.split_step(model, tokens)
             if step is None:
+                self.limit = "the memory"
                 return None
             rows, passes = step
             rate = learning_rate_at(width)
@@ -303,11 +270,12 @@ class Planner:
             memory = peak or memory
             self.flops = speed * flops_per_token
             is_measured = True
-        loss = float(predict(self.law, *effective(n, tokens, unique)))
+        # A law holds for runs of some length. Guessing gives ln(vocabulary), and training is never worse.
+        loss = min(float(predict(self.law, *effective(n, tokens, unique))), math.log(model.vocab_size))
         return Candidate(model, config, speed, is_measured, tokens, loss, memory)
 
     def candidates(self):
-        """Candidates of growing size, until the loss has risen twice or the next one is too large."""
+        """Candidates of growing size, until two more do not lower the loss or the next one is too large."""
         found = []
         for layers, width in LADDER:
             c = self.candidate(layers, width)
@@ -318,7 +286,8 @@ class Planner:
                   f"{' ' if c.is_measured else '*'}{c.tokens:14,.0f}{c.tokens / self.text.n_tokens:9.1f}"
                   f"{c.loss:9.3f}{c.memory / 1e9:9.2f}", flush=True)
             losses = [c.loss for c in found]
-            if (self.args.minutes or self.args.tokens) and min(losses[-2:]) > min(losses):
+            lowest_before = min(losses[:-2], default=math.inf)
+            if (self.args.minutes or self.args.tokens) and min(losses[-2:]) >= lowest_before:
                 break
         if not found:
             raise InputError(f"{self.memory / 1e9:g} GB of memory are too little for the smallest model")
@@ -352,6 +321,19 @@ def finish(candidate, planner):
     return model, train, steps
 
 
+def count(n, noun):
+    """A number of things in words, such as "1 head" or "2,000 steps"."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def clock_after(seconds):
+    """The date and time `seconds` from now, as text; None if no calendar has them."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + seconds))
+    except (OverflowError, ValueError, OSError):
+        return None
+
+
 def write(path, values):
     """Set `values` in a JSON file; its other keys stay as they are."""
     with atomic_write(path, "w") as f:
@@ -365,28 +347,41 @@ def main(args):
           f"{planner.device}")
     print(f"law: loss = {law['E']:.3g} + {law['A']:.4g} / N^{law['alpha']:.3g} + {law['B']:.4g} / "
           f"D^{law['beta']:.3g}, {planner.which_law}")
+    if law in LAWS.values():
+        print("this law is of another text: on yours the loss may differ much; shapes and time still hold")
     print(f"{'shape':11}{'parameters':>14}{'tokens/s':>12} {'tokens':>14}{'epochs':>9}{'loss':>9}{'GB':>9}")
     found = planner.candidates()
-    print("* not timed, but as many operations a second as the largest model that was")
+    if not all(candidate.is_measured for candidate in found):
+        print("* not timed: its speed is estimated from that of the largest model that was timed")
     best = min(found, key=lambda candidate: candidate.loss) if args.minutes or args.tokens else found[-1]
     model, train, steps = finish(best, planner)
     seconds = best.tokens / best.tokens_per_second / 0.96 + STARTING_SECONDS
-    ends = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + seconds))
-    print(f"\nmodel:  {best.model.n_layer} layers, {best.model.n_embd} wide, {best.model.n_head} heads: "
-          f"{on_meta(best.model).n_params():,} parameters")
-    print(f"step:   {train['gradient_accumulation_steps']} x {train['batch_size']} rows of "
+    ends = clock_after(seconds)
+    print(f"\nmodel:  {count(best.model.n_layer, 'layer')}, {best.model.n_embd} wide, "
+          f"{count(best.model.n_head, 'head')}: {on_meta(best.model).n_params():,} parameters")
+    if not (args.minutes or args.tokens):
+        print(f"limit:  {planner.limit}")
+    print(f"step:   {train['gradient_accumulation_steps']} x {count(train['batch_size'], 'row')} of "
           f"{best.model.block_size} tokens, learning rate {train['learning_rate']:g}, then linear to 0")
     epochs = best.tokens / planner.text.n_tokens
-    print(f"run:    about {steps:,} steps, {best.tokens:,.0f} tokens, {epochs:.1f} epochs; weight decay "
-          f"{train['weight_decay']}; {best.memory / 1e9:.2f} GB of memory, without Python's own")
-    print(f"expect: validation loss {best.loss:.3f} after {seconds / 60:.1f} minutes; started now, at {ends}")
+    print(f"run:    about {count(steps, 'step')}, {best.tokens:,.0f} tokens, {epochs:.1f} epochs; weight "
+          f"decay {train['weight_decay']}; {best.memory / 1e9:.2f} GB of memory, without Python's own")
+    print(f"expect: validation loss {best.loss:.3f} after {seconds / 60:,.1f} minutes"
+          + (f"; if started now, it ends at {ends}" if ends else ""))
     if args.minutes and seconds < 59 * args.minutes:
         print("this text is too short to use all of the time: read more often, it would be learnt by heart")
+    if not (args.minutes or args.tokens) and best.tokens >= PASSES * planner.text.n_tokens:
+        print("this text is too short for as many tokens as suit the model: read more than "
+              f"{PASSES} times, it would be learnt by heart")
     if args.write:
         write(args.model_config, model)
         write(args.train_config, train)
     print("written; now run python train.py -t pretrain" if args.write else
           "add --write to put this into model_config.json and config_pretrain.json")
+    paths = [args.model_config, args.train_config]
+    if args.write and os.path.exists(os.path.join(args.root, ".git")) \
+            and {os.path.dirname(os.path.abspath(path)) for path in paths} == {os.path.abspath(args.root)}:
+        print(f"the committed settings come back with git checkout {' '.join(map(os.path.basename, paths))}")
     print_json({"model": model, "train": train, "parameters": on_meta(best.model).n_params(), "steps": steps,
                 "tokens": best.tokens, "epochs": epochs, "tokens_per_second": best.tokens_per_second,
                 "expected_loss": best.loss, "memory_gb": best.memory / 1e9, "minutes": seconds / 60,

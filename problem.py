@@ -105,30 +105,16 @@ def find_model(args):
 
 
 def check_settings(task, args):
-    """Raises InputError if no input can be generated or no model built with the flags."""
+    """Raises InputError if the flags leave no inputs for a part of the split, or if no model can be built."""
     settings = {**default_settings(task), **args.settings}
-    task.generate(np.random.default_rng(0), 1, settings)
+    for split in ("training", "validation", "test"):
+        sample_inputs(task, settings, np.random.default_rng(0), 100, split)
     shape = {"block_size": task.block_size(settings), **task.model, **args.model_flags}
     load_config(ModelConfig, None, shape)
 
 
 def default_settings(task):
     return {name: default for name, (default, _) in task.settings.items()}
-
-
-if __name__ == "__main__":
-    before_imports(command_line)
-
-import torch
-from tqdm import tqdm
-
-import checkpoint as ckpt
-from device import pick_device, setup_device
-from run import build_run
-from scoring.answers import complete
-from strategy import WIDTHS, SingleProcess
-from tokenizer import Tokenizer
-from train import fit
 
 
 def split_of(text):
@@ -153,8 +139,24 @@ def sample_inputs(task, settings, rng, n, split, distinct=False):
         texts = found
     if not texts:
         chosen = ", ".join(f"{name} {value}" for name, value in settings.items())
-        raise InputError(f"with {chosen} there are no {split} inputs; allow longer ones")
+        flags = ", ".join(f"--{name}" for name, value in settings.items() if not isinstance(value, bool))
+        raise InputError(f"with {chosen} there are no {split} inputs; allow more inputs with {flags}")
     return texts[:n]
+
+
+if __name__ == "__main__":
+    before_imports(command_line)
+
+import torch
+from tqdm import tqdm
+
+import checkpoint as ckpt
+from device import pick_device, setup_device
+from run import build_run
+from scoring.answers import complete
+from strategy import WIDTHS, SingleProcess
+from tokenizer import Tokenizer
+from train import fit
 
 
 class ProblemLoader:

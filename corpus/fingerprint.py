@@ -6,7 +6,7 @@ It is copied with `cp pretrain_train.npy*`, and a file without one still works.
 import json
 import os
 
-from config import read_json
+from config import numbered_texts, read_json
 from script import InputError, atomic_write, note
 
 
@@ -46,5 +46,10 @@ def check_vocabulary(path, tokenizer):
         note(f"{os.path.dirname(path) or os.curdir}: files without a fingerprint (an older data.py wrote "
              f"none), so it is not checked whether their vocabulary is that of {tokenizer.name}")
     elif content["vocabulary"] != tokenizer.fingerprint:
+        pairs = [pair for pair in numbered_texts(path)
+                 if (read_fingerprint(pair[0]) or {}).get("vocabulary") == tokenizer.fingerprint]
+        if pairs:
+            raise InputError(f"{path}: is left from before data.py wrote {len(pairs)} texts; train on them "
+                             f"with --dataset_path '{json.dumps(pairs, ensure_ascii=False)}'")
         raise InputError(f"{path}: prepared with another vocabulary than {tokenizer.name}; run python "
                          "data.py again with all inputs together, or with --tokenizer FILE to keep one")

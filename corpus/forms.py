@@ -69,6 +69,8 @@ ROW_FORMS = {
     ("prompt", "completion"): from_completion,
 }
 
+KNOWN_KEYS = ", or ".join(" and ".join(f'"{key}"' for key in keys) for keys in ROW_FORMS)
+
 
 def form_of(row):
     """The keys of the form that a row has, one of ROW_FORMS; None if it has none of them."""
@@ -132,7 +134,7 @@ def turns_of(row):
     if form is None:
         begun = next((keys for keys in ROW_FORMS if any(key in row for key in keys)), None)
         if begun is None:
-            raise ValueError(f"not a row of the form {WANTED}")
+            raise ValueError(f"not a row of a known form, which has the keys {KNOWN_KEYS}")
         missing = next(key for key in begun if key not in row)
         raise ValueError(f'the key "{missing}" is missing')
     turns = ROW_FORMS[form](row)

@@ -22,7 +22,7 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
-from corpus.forms import WANTED, form_of
+from corpus.forms import ROW_FORMS, WANTED, form_of
 from script import InputError
 
 try:
@@ -41,6 +41,7 @@ TEXT = "plain text"
 DOCUMENTS = 'JSON rows with the field "text"'
 ROWS = "JSON rows of questions and answers"
 OTHER_JSON = "JSON without texts or questions and answers"
+TABLE = "a CSV table of questions and answers"
 BINARY = "binary data"
 STANDARD_INPUT = "standard input"
 
@@ -231,6 +232,8 @@ def why_not(kind, wanted, head, alone):
         if likely.startswith("utf-"):
             return f"not UTF-8 but probably {likely}; add --encoding {likely}"
         return "binary data, not text; unpack or convert it first"
+    if kind == TABLE:
+        return f"{TABLE}, which is not read; convert it to JSONL first, with a row {WANTED}"
     if wanted == ROWS:
         if kind == DOCUMENTS:
             return f'its rows have the field "text"; give it to --pretrain, or rows {WANTED}'
@@ -321,7 +324,7 @@ def not_utf8(path, at):
 
 
 def recognise(head, wanted, encoding=None):
-    """The kind of a file, from its first bytes: TEXT, DOCUMENTS, ROWS, OTHER_JSON or BINARY.
+    """The kind of a file, from its first bytes: TEXT, TABLE, DOCUMENTS, ROWS, OTHER_JSON or BINARY.
 
     If its rows have a text as well as questions and answers, the kind is what is `wanted`."""
     if any(head.startswith(magic) for magic in OTHER_FORMATS):
@@ -332,12 +335,19 @@ def recognise(head, wanted, encoding=None):
     text = head.decode(encoding or "utf-8", "replace").removeprefix("\ufeff")
     rows = first_rows(text.lstrip())
     if rows is None:
-        return TEXT
+        return TABLE if wanted != DOCUMENTS and is_table(text) else TEXT
     has_text = any(isinstance(row, dict) and isinstance(row.get("text"), str) for row in rows)
     has_turns = any(form_of(row) or has_message(row) for row in rows)
     if has_text and (wanted == DOCUMENTS or not has_turns):
         return DOCUMENTS
     return ROWS if has_turns else OTHER_JSON
+
+
+def is_table(text):
+    """Whether a text is CSV (or separated by tabs or semicolons) whose columns have the names of a form."""
+    line = text.partition("\n")[0].lower()
+    columns = [{cell.strip(' "\r') for cell in line.split(separator)} for separator in ",\t;"]
+    return any(len(keys) > 1 and names.issuperset(keys) for keys in ROW_FORMS for names in columns)
 
 
 def has_message(row):

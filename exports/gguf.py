@@ -8,6 +8,8 @@ byte of a character that the vocabulary lacks, and what merges with it, are toke
 
 import contextlib
 import json
+import os
+import re
 import urllib.error
 import urllib.request
 
@@ -170,6 +172,15 @@ def write_modelfile(path, gguf_name, tokenizer, block_size, chat):
         f.write(f'{MODELFILE_HEAD}\nFROM ./{gguf_name}\nTEMPLATE """{template}"""\n'
                 f"PARAMETER stop {eos}\nPARAMETER num_ctx {block_size}\n"
                 f"PARAMETER temperature 0\nPARAMETER repeat_penalty 1\n")
+
+
+def named_in_modelfile(path):
+    """The name of the GGUF file that a Modelfile of ours names; None if there is none."""
+    if not os.path.exists(path):
+        return None
+    with open(path, encoding="utf-8") as f:
+        found = re.search(r"^FROM \./(.+)$", f.read(), re.M)
+    return found[1] if found else None
 
 
 MODELFILE_HEAD = "# Written by export.py for Ollama: ollama create nano -f Modelfile"

@@ -20,7 +20,8 @@ def generate(rng, n, settings):
 
 def check(text, settings):
     if len(text) != settings["length"]:
-        raise InputError(f"{text}: {len(text)} digits, but the model was trained on {settings['length']}; "
+        digits = "1 digit" if len(text) == 1 else f"{len(text)} digits"
+        raise InputError(f"{text}: {digits}, but the model was trained on {settings['length']}; "
                          f"train one with --length {len(text)}")
 
 

@@ -1,5 +1,6 @@
 """Byte-level BPE against characters, at equal compute.
 
+    python -m studies.bpe_compare                        on the text in dataset/
     python -m studies.bpe_compare --texts input.txt pretrain.txt
     python -m studies.bpe_compare --texts input.txt --vocabularies 512 2048 --flops 1e13
 
@@ -27,7 +28,8 @@ GENERATED = 200  # tokens, for the speed of generation
 
 def command_line():
     cli = Parser(__doc__)
-    cli.add_argument("--texts", nargs="+", required=True, metavar="FILE", help="UTF-8 texts")
+    cli.add_argument("--texts", nargs="+", metavar="FILE",
+                     help="UTF-8 texts (default: dataset/pretrain.txt, else dataset/sample_pretrain.txt)")
     cli.add_argument("--vocabularies", type=int, nargs="+", default=[1024], metavar="N",
                      help="sizes of the BPE vocabularies (default 1024)")
     cli.add_argument("--flops", type=float, default=3e12, help="of a run (default %(default)g)")
@@ -41,6 +43,10 @@ def command_line():
     args.model = load_config(ModelConfig, os.path.join(ROOT, "model_config.json"),
                              {**small, **cli.overrides(args, ModelConfig)})
     args.train = load_config(TrainConfig, os.path.join(ROOT, "config_pretrain.json"), STUDY)
+    here = [os.path.join(ROOT, "dataset", name) for name in ("pretrain.txt", "sample_pretrain.txt")]
+    args.texts = args.texts or list(filter(os.path.exists, here))[:1]
+    if not args.texts:
+        cli.error("the following arguments are required: --texts")
     for path in args.texts:
         if not os.path.exists(path):
             raise InputError(f"{path}: no such file")

@@ -63,7 +63,8 @@ import numpy as np
 import torch
 
 from corpus.fingerprint import write_fingerprint
-from plan import PreparedText, learning_rate_at
+from plan import PreparedText
+from scaling_law import learning_rate_at
 from stats import activations
 from strategy import SingleProcess
 from studies.grid import append_run, progress, read_runs, save_plot, train_run

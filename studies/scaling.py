@@ -92,15 +92,8 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from plan import (
-    PreparedText,
-    effective,
-    learning_rate_at,
-    on_meta,
-    predict,
-    weight_decay_for,
-    with_shape,
-)
+from plan import PreparedText, on_meta, with_shape
+from scaling_law import effective, learning_rate_at, predict, weight_decay_for
 from strategy import SingleProcess
 from studies.grid import append_run, progress, read_runs, save_plot, train_run
 
@@ -293,7 +286,7 @@ def plot(n, d, loss, predicted, law, path):
             axis.plot(tokens * factor, predict(law, size, tokens), color=dots.get_color(), linewidth=1)
     by_compute.plot(budget, predict(law, *optimum(law, budget)), "k--", linewidth=1, label="the best N")
     check.plot(loss, predict(law, n, d), "o", label="fitted to all runs")
-    check.plot(loss, predicted, "s", markerfacecolor="none", label="predicted from smaller runs")
+    check.plot(loss, predicted, "s", markerfacecolor="none", label="predicted from the smaller runs")
     check.axline((loss.min(), loss.min()), slope=1, color="k", linewidth=0.8)
     for axis, title, x, y in ((by_tokens, "runs and law", "tokens D, repeats count less", "validation loss"),
                               (by_compute, "by compute", "FLOPs, 6 N D", "validation loss"),

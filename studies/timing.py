@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 
 def rate(work, seconds, device):
@@ -38,21 +39,36 @@ def warm_up(work, device):
 def measure(ways, args, device):
     """The rate of each of the `ways` {name: build}, `repeats` times: a list of {name: rate}.
 
-    build(): sets a way up and returns the `work` of `rate`."""
-    if device.type != "cuda":
-        works = {name: build() for name, build in ways.items()}
-        for work in works.values():
-            warm_up(work, device)
-        return [{name: rate(work, args.seconds, device) for name, work in works.items()}
-                for _ in range(args.repeats)]
+    build(): sets a way up and returns the `work` of `rate`. A progress bar shows the time left, on a terminal
+    only."""
     rounds = [{} for _ in range(args.repeats)]
-    for name, build in ways.items():
-        work = build()
-        warm_up(work, device)
-        for rates in rounds:
-            rates[name] = rate(work, args.seconds, device)
-        del work
-        free_memory()
+    with tqdm(total=len(ways) * (1 + args.repeats), unit="measurement", leave=False, dynamic_ncols=True,
+              disable=None) as bar:
+        def warmed_up(name):
+            bar.set_description(f"{name}, warm-up")
+            work = ways[name]()
+            warm_up(work, device)
+            bar.update()
+            return work
+
+        def measured(name, work):
+            bar.set_description(name)
+            result = rate(work, args.seconds, device)
+            bar.update()
+            return result
+
+        if device.type != "cuda":
+            works = {name: warmed_up(name) for name in ways}
+            for rates in rounds:
+                for name, work in works.items():
+                    rates[name] = measured(name, work)
+            return rounds
+        for name in ways:
+            work = warmed_up(name)
+            for rates in rounds:
+                rates[name] = measured(name, work)
+            del work
+            free_memory()
     return rounds
 
 

@@ -132,6 +132,17 @@ def test_only_one_way_of_each_project_is_compiled_by_default_on_cuda():
                       "bfloat16 nanoGPT", "bfloat16 nanoGPT compiled"]
 
 
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_a_bar_counts_warm_ups_and_measurements_on_a_terminal_only(monkeypatch, capsys, is_terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal, raising=False)
+    args = SimpleNamespace(repeats=2, seconds=1e-3)
+    ways = {"one": lambda: lambda: 1, "other": lambda: lambda: 1}
+    rounds = timing.measure(ways, args, torch.device("cpu"))
+    assert [list(rates) for rates in rounds] == [["one", "other"]] * 2
+    shown = capsys.readouterr().err
+    assert ("other" in shown and "5/6 [" in shown) == is_terminal and bool(shown) == is_terminal
+
+
 def test_rates_are_compared_within_a_round():
     rounds = [{"a": 10.0, "b": 20.0}, {"a": 1.0, "b": 2.0}, {"a": 4.0, "b": 2.0}]
     assert timing.medians(rounds) == {"a": 4.0, "b": 2.0}

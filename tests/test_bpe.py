@@ -127,3 +127,15 @@ def bpe_compare_flops(row):
 
 def test_a_missing_text_is_named_before_anything_is_trained(workspace):
     assert "gone.txt: no such file" in workspace.refused(bpe_compare.main, "--texts", "gone.txt")
+
+
+def test_the_text_in_the_dataset_folder_is_compared_if_none_is_named(workspace, monkeypatch, capsys):
+    monkeypatch.setattr(bpe_compare, "ROOT", str(workspace.path))
+    with workspace.here("bpe_compare"):
+        with pytest.raises(SystemExit):
+            bpe_compare.command_line()
+        assert "the following arguments are required: --texts" in capsys.readouterr().err
+        for name in ("sample_pretrain.txt", "pretrain.txt"):
+            path = workspace.path / "dataset" / name
+            path.write_text("a text")
+            assert bpe_compare.command_line().texts == [str(path)]

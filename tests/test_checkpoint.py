@@ -140,7 +140,8 @@ def test_the_command_line_tells_what_is_in_a_file(trained):
 
 def test_a_missing_file_says_what_there_is(trained):
     said = trained.run("checkpoint.py", "checkpoint/gone.pt", status=2).stderr
-    assert re.fullmatch(r"error: \S+/checkpoint/gone.pt: no such file; there are .*pretrain_last.pt\n", said)
+    assert re.fullmatch(r"error: \S+/checkpoint/gone.pt: no such file; "
+                        r"there are .*checkpoint/pretrain_last.pt.*\n", said)
 
 
 # ---- Damaged files ----

@@ -9,7 +9,7 @@ from conftest import REPO
 from hypothesis import given
 from hypothesis import strategies as st
 
-from config import ModelConfig, Parser, TrainConfig, from_dict, load_config, nearest, read_json
+from config import ModelConfig, Parser, TrainConfig, from_dict, load_config, nearest, read_json, what_there_is
 from script import InputError, before_imports, note, run_script
 
 
@@ -156,6 +156,9 @@ def test_a_byte_order_mark_is_read_over(write):
 
 @pytest.mark.parametrize("words, message", [
     (["--learning_rat", "1"], "--learning_rat 1; did you mean \"--learning_rate\""),
+    (["--max_step", "1"], '--max_step 1; did you mean "--max_steps"?'),
+    (["--steps=5"], '--steps=5; did you mean "--max_steps"?'),
+    (["--foo"], "unrecognized arguments: --foo (see --help)"),
     (["--batch_size", "four"], "argument --batch_size: invalid int value: 'four'"),
     (["--batch_size", "0"], "batch_size is 0, but must be at least 1"),
     (["--optimizer", "sgd"], "argument --optimizer: invalid choice: 'sgd'"),
@@ -196,6 +199,35 @@ def test_a_warm_up_of_the_file_that_outlasts_the_decay_is_shortened_with_one_lin
         assert not said
     else:
         assert len(said) == 1 and said[0].startswith(f"note: warmup_iters {expected} instead of 20")
+
+
+FIXED = ["pretrain_best.pt", "pretrain_last.pt", "sft_best.pt"]
+DATED = [f"pretrain_202611{day}_102506_best.pt" for day in range(10, 20)]
+
+
+@pytest.mark.parametrize("wanted, names, expected", [
+    ("gone.pt", [], "; train a model first (python train.py)"),
+    ("gone.pt", FIXED + DATED, "; there are " + ", ".join(
+        f"checkpoint/{name}" for name in [*FIXED, *DATED[:4:-1]])),  # the newest first
+    (DATED[3], FIXED + DATED, f"; did you mean checkpoint/{DATED[3]}?"),
+    ("sft_best.pt", FIXED + DATED, "; did you mean checkpoint/sft_best.pt?"),
+    ("sft_bset.pt", FIXED + DATED, "; did you mean checkpoint/sft_best.pt?"),
+    ("checkpoint/pretrain_lats.pt", FIXED + DATED, "; did you mean checkpoint/pretrain_last.pt?"),
+])
+def test_a_missing_checkpoint_is_answered_with_the_nearest_or_with_those_there_are(tmp_path, wanted, names,
+                                                                                   expected):
+    (tmp_path / "checkpoint").mkdir()
+    for name in names:
+        (tmp_path / "checkpoint" / name).touch()
+    assert what_there_is(wanted, str(tmp_path)) == expected
+
+
+def test_a_run_that_lacks_its_best_checkpoint_is_told_of_the_last(workspace):
+    words = ["-t", "sft", "--from_checkpoint", "checkpoint/pretrain_best.pt"]
+    assert "train a model first" in workspace.refused_training(*words)
+    (workspace.path / "checkpoint" / "pretrain_last.pt").touch()
+    line = workspace.refused_training(*words)
+    assert line.endswith("start from the last one instead: --from_checkpoint checkpoint/pretrain_last.pt")
 
 
 def test_a_warm_up_of_the_command_line_that_outlasts_the_decay_is_refused(workspace):

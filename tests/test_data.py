@@ -386,7 +386,9 @@ BAD_ROWS = {
     '{"instruction": 7, "output": "a"}': "the question is not a string",
     '{"instruction": "", "input": " ", "output": "a"}': "the question is empty",
     '{"prompt": "q"}': 'the key "response" is missing',
-    '{"id": 7}': 'not a row of the form {"question"',
+    '{"id": 7}': 'not a row of a known form, which has the keys "messages", or "conversations", or '
+                 '"question" and "answer", or "instruction" and "output", or "prompt" and "response", or '
+                 '"prompt" and "completion"',
     '{"messages": [{"role": "user", "content": "s"}]}': "the last message is not the assistant's",
     '{"messages": [{"role": "user", "content": "s"}, {"role": "user", "content": "s"}]}': "message 2",
     '{"messages": [{"role": "user"}]}': "message 1 has no content",

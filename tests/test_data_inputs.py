@@ -121,7 +121,8 @@ def test_lists_of_messages_are_rows(prepare, tmp_path, is_array):
     ('{"id": 1}\n' * 30, r'no row that can be used \(line 1: not a row of .*\); a row is {"question"'),
     ('{"text": "abc"}\n' * 30, "give it to --pretrain"),
     ("What is it?\tA radio.\n" * 30, r'line 1: not valid JSON .* a row is {"question".*"messages"'),
-    ("question,answer\nq,a\n" * 30, r'a row is {"question"'),
+    ("question,answer\nq,a\n" * 30, r'a CSV table .* convert it to JSONL first, with a row {"question"'),
+    ('\ufeff"id"\t"Question"\t"answer"\r\n1\tq\ta\r\n' * 30, "a CSV table .* convert it to JSONL"),
     ("", r'is empty; give rows {"question"'),
     ("你好，世界\n".encode("gb18030") * 30, "a.jsonl: not UTF-8 at byte 0; .* add --encoding gb18030"),
     ('{"question": "你好", "answer": "世界"}\n'.encode("gb18030") * 9, "not UTF-8 at byte 14; .* gb18030"),
@@ -303,6 +304,44 @@ def test_files_without_a_flag_go_where_their_content_belongs(prepare, tmp_path):
     assert len(prepared.rows()) == len(PAIRS)
 
 
+@pytest.mark.parametrize("header", ["question,answer", "prompt;completion", "instruction,input,output"])
+def test_a_table_of_questions_is_no_text_unless_it_is_given_as_one(prepare, tmp_path, header):
+    path = tmp_path / "a.csv"
+    path.write_text(header + "\n" + "what is it?,a radio\n" * 30)
+    with pytest.raises(InputError, match="a.csv: a CSV table of questions .* convert it to JSONL first"):
+        prepare(path)
+    assert "a.csv: plain text" in prepare("--pretrain", path, block_size=16).stdout
+
+
+@pytest.mark.parametrize("line", ["Messages", "A question, and an answer", "question answer"])
+def test_a_text_about_questions_is_no_table(prepare, tmp_path, line):
+    path = tmp_path / "a.txt"
+    path.write_text((line + "\n") * 50)
+    assert "a.txt: plain text" in prepare(path, block_size=16).stdout
+
+
+def test_what_is_written_elsewhere_says_how_to_train_on_it(prepare, tmp_path):
+    (tmp_path / "a").write_text(MARKED)
+    prepared = prepare("--pretrain", tmp_path / "a", "--sft", FIXTURES / "questions.jsonl")
+    for command, stem in (("train.py --dataset_path", "pretrain"), ("train.py -t sft --dataset_path", "sft")):
+        line = next(line for line in prepared.stdout.splitlines() if command in line)
+        assert json.loads(line.split("'")[1]) == [[str(prepared.folder / f"{stem}_{side}.npy")
+                                                   for side in ("train", "val")]]
+
+
+def test_a_text_left_from_before_a_curriculum_is_answered_with_the_curriculum(prepare, tmp_path):
+    (tmp_path / "a.txt").write_text("another text " * 100)
+    prepare("--pretrain", tmp_path / "a.txt")
+    (tmp_path / "a.txt").write_text(MARKED)
+    prepared = prepare("--pretrain", tmp_path / "a.txt", FIXTURES / "minimind_pretrain.jsonl", block_size=16)
+    with pytest.raises(InputError, match="left from before data.py wrote 2 texts") as error:
+        check_vocabulary(str(prepared.folder / "pretrain_train.npy"), prepared.tokenizer)
+    pairs = json.loads(str(error.value).split("'")[1])
+    assert len(pairs) == 2
+    for path in sum(pairs, []):
+        check_vocabulary(path, prepared.tokenizer)
+
+
 def test_a_curriculum_says_how_to_train_on_it(prepare, tmp_path):
     (tmp_path / "a").write_text(MARKED)
     prepared = prepare("--pretrain", tmp_path / "a", FIXTURES / "minimind_pretrain.jsonl", block_size=16)
@@ -397,7 +436,7 @@ def test_every_prepared_file_has_the_fingerprint_of_its_vocabulary(prepare, tmp_
     prepared = prepare("--pretrain", tmp_path / "a.txt", "--sft", FIXTURES / "questions.jsonl")
     copied = shutil.copytree(prepared.folder, tmp_path / "copied")
     for name in ("pretrain_train", "pretrain_val", "sft_train", "sft_val"):
-        assert check_vocabulary(str(copied / f"{name}.npy"), prepared.tokenizer) == ""
+        check_vocabulary(str(copied / f"{name}.npy"), prepared.tokenizer)
 
 
 def test_a_file_left_from_another_vocabulary_is_refused_by_name(prepare, tmp_path):
@@ -405,7 +444,7 @@ def test_a_file_left_from_another_vocabulary_is_refused_by_name(prepare, tmp_pat
     prepare("--pretrain", tmp_path / "a.txt")
     prepared = prepare("--sft", FIXTURES / "questions.jsonl")
     assert "note: pretrain_train.npy, pretrain_val.npy" in prepared.stdout
-    assert check_vocabulary(str(prepared.folder / "sft_train.npy"), prepared.tokenizer) == ""
+    check_vocabulary(str(prepared.folder / "sft_train.npy"), prepared.tokenizer)
     with pytest.raises(InputError, match=r"pretrain_train.npy: prepared with another vocabulary than .*"
                                          r"tokenizer.json; run python data.py"):
         check_vocabulary(str(prepared.folder / "pretrain_train.npy"), prepared.tokenizer)

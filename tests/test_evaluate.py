@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import tracemalloc
 
 import numpy as np
@@ -65,6 +66,16 @@ def test_prepared_files_of_both_kinds_are_scored(trained, capsys):
     rows = scores(trained, capsys, "--data", "dataset/sft_val.npy")["data"]
     assert rows["tokens"] == 12 * 3  # a letter, a full stop, <|eos|>
     assert rows["loss"] < text["loss"]
+
+
+def test_the_progress_bar_ends_at_the_total_that_it_began_with(trained, capsys):
+    for words in (["--text", "text.txt"], ["--data", "dataset/pretrain_val.npy"],
+                  ["--data", "dataset/sft_val.npy"]):
+        capsys.readouterr()
+        with trained.here("evaluate.py", "-m", SFT, *words):
+            evaluate.main()
+        done, total = re.findall(r"loss: 100%.* (\d+)/(\d+) ", capsys.readouterr().err)[-1]
+        assert int(done) == int(total) > 0
 
 
 def test_exact_match_counts_right_answers(trained, capsys):
@@ -173,6 +184,7 @@ def test_characters_of_words_marks_and_unknown_ones_are_counted():
 def test_windows_hold_every_id_but_the_first_once_as_a_target(n, size):
     ids = np.arange(n)
     batches = list(evaluate.window_batches(np.array_split(ids, -(-n // size)), 32, pad_id=0))
+    assert len(batches) == evaluate.n_window_batches(n, 32)
     targets = np.concatenate([y[y != -1] for _, y in batches])
     inputs = np.concatenate([x[y != -1] for x, y in batches])
     assert targets.tolist() == list(range(1, n)) and inputs.tolist() == list(range(n - 1))

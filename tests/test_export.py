@@ -398,7 +398,10 @@ def test_an_export_replaces_an_earlier_one_and_nothing_else(chats):
     assert "again_hf: holds notes.txt, which no export has written" in message
     assert (folder / "notes.txt").read_text() == "mine"
     export_to(workspace, "qwen3.pt", "gguf", "again.gguf")
-    export_to(workspace, "apertus.pt", "gguf", "again.gguf")
+    _, lines = export_to(workspace, "apertus.pt", "gguf", "again.gguf")
+    assert not any("replaced" in line for line in lines)
+    _, lines = export_to(workspace, "apertus.pt", "gguf", "other.gguf")
+    assert any(line.startswith("Modelfile: replaced, and no longer names again.gguf") for line in lines)
     assert not list(workspace.path.glob("again*.tmp*"))
 
     foreign = workspace.path / "foreign"

@@ -15,7 +15,7 @@ LAYERS = [
     "tokenizer metrics device documents preceding muon cpu gpu",
     "corpus model optimizer",
     "dataloader",
-    "data checkpoint generate_gpu",
+    "data checkpoint generate_gpu scaling_law",
     "generate stats strategy scoring exports problems",
     "run verify_resume inference inference_ds evaluate export plot_loss",
     "train",

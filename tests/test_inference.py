@@ -182,6 +182,12 @@ def test_a_long_prompt_keeps_its_end_and_says_so(trained, capsys):
     assert inference.fit_prompt(list(range(4)), 4, 1) == [0, 1, 2, 3]
 
 
+def test_a_conversation_that_has_become_long_is_called_one(trained, capsys):
+    lines = "".join(f"after {letter}\n" for letter in "BCDEFG")
+    printed = said(trained, capsys, "-i", "-m", SFT, *GREEDY, stdin=lines).err
+    assert "(the conversation has " in printed and "prompt" not in printed
+
+
 def test_max_length_counts_the_prompt(trained, capsys):
     words = ["-m", "checkpoint/pretrain_last.pt", "-p", "letter", "--seed", 1]
     assert len(said(trained, capsys, *words, "-l", 8).out) <= 2 + 1

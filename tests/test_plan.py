@@ -1,6 +1,8 @@
 """The planner: which model it chooses, what it writes, and whether training then does what it says."""
 
 import json
+import math
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from metrics import parse_log
 from script import InputError
 from studies.bench import peak_bytes
 from studies.train_speed import our_step
+from tokenizer import Tokenizer
 
 
 @pytest.fixture
@@ -207,12 +210,86 @@ def test_weight_decay_grows_where_a_model_could_memorise_the_text():
     ([], "give --minutes"), (["--minutes", "0"], "--minutes 0.0: must be above 0"),
     (["--minutes", "0.1"], "must be at least 0.5"), (["--minutes", "nan"], "must be above 0"),
     (["--tokens", "-5"], "--tokens -5: must be above 0"),
+    (["--tokens", "9" * 500], "99…: must be below 2**63"),
     (["--minutes", "1", "--dataset_path", '[["a.npy", "b.npy"]]'], "a.npy: no such file; run python data.py")
 ])
 def test_mistakes_are_one_line(workspace, words, message):
     with pytest.raises(InputError) as error:
         plan.command_line(words, root=str(workspace.path))
     assert message in str(error.value)
+
+
+def test_no_plan_predicts_a_loss_above_that_of_guessing(planned, workspace):
+    result = planned("--tokens", 100)
+    guessing = math.log(Tokenizer.load(workspace.path / "dataset" / "tokenizer.json").vocab_size)
+    assert max(result["losses"].values()) <= guessing
+    assert result["expected_loss"] == pytest.approx(guessing) and result["steps"] >= 1
+
+
+def lines_of(workspace, capsys, *words, ladder=((1, 8), (1, 16), (1, 32)), measuring=1e9):
+    """What plan.py prints, a list of lines, with a speed that is given instead of measured."""
+    with mock.patch.multiple(plan, LADDER=ladder, MEASURING_SECONDS=measuring), \
+            mock.patch.object(plan.Planner, "measure", lambda self, model, config: (1e7, 1e6)):
+        plan.main(plan.command_line(list(map(str, words)), root=str(workspace.path)))
+    return capsys.readouterr().out.splitlines()
+
+
+def test_the_plan_of_another_text_s_law_says_so_and_that_of_this_text_s_does_not(workspace, capsys):
+    says = [line for line in lines_of(workspace, capsys, "--tokens", 1000) if "of another text" in line]
+    assert len(says) == 1
+    loader = plan.PreparedText(plan.command_line(["--tokens", "1"], root=str(workspace.path)).train,
+                               str(workspace.path), 32)
+    (workspace.path / "scaling.json").write_text(json.dumps({
+        "law": plan.LAWS["amateur radio"] | {"E": 0.5}, "training_tokens": loader.n_tokens,
+        "model": plan.SHAPE}))
+    assert not any("another text" in line for line in lines_of(workspace, capsys, "--tokens", 1000))
+
+
+def test_the_star_is_explained_only_where_a_row_has_one(workspace, capsys):
+    def stars(lines):
+        return [sum("*" in line[:40] for line in lines if line[:5].strip()[:1].isdigit()),
+                sum(line.startswith("* not timed") for line in lines)]
+
+    assert stars(lines_of(workspace, capsys, "--tokens", 10**6)) == [0, 0]
+    assert stars(lines_of(workspace, capsys, "--tokens", 10**6, measuring=-1)) == [2, 1]  # no time is left
+
+
+def test_one_of_a_thing_is_not_written_in_the_plural(workspace, capsys):
+    text = "\n".join(lines_of(workspace, capsys, "--tokens", 1, ladder=((1, 32),)))
+    assert "1 layer, 32 wide, 1 head:" in text and "about 1 step, " in text
+
+
+def test_with_memory_alone_one_line_says_what_limits_the_model(workspace, capsys):
+    def limit(*words, **how):
+        return [line for line in lines_of(workspace, capsys, *words, **how) if line.startswith("limit:")]
+
+    assert limit("--tokens", 1000) == []
+    assert "largest shape that plan.py tries" in limit("--memory_gb", 100)[0]
+    assert "more than 6 parameters for each of its" in limit("--memory_gb", 100, ladder=((1, 8), (9, 512)))[0]
+    config = ModelConfig(n_layer=1, n_embd=16, n_head=1, vocab_size=70, block_size=32, **plan.SHAPE)
+    little = 1.05 * plan.memory_bytes(config, 32, is_half=True) / 1e9
+    assert limit("--memory_gb", little) == ["limit:  the memory"]
+
+
+def test_after_write_a_git_checkout_says_how_to_get_the_settings_back(workspace, capsys):
+    def told(*words):
+        return [line for line in lines_of(workspace, capsys, "--tokens", 1000, *words) if "git" in line]
+
+    assert not told("--write")
+    (workspace.path / ".git").mkdir()
+    assert not told()
+    assert told("--write")[0].endswith("git checkout model_config.json config_pretrain.json")
+
+
+@pytest.mark.parametrize("words", [["--minutes", "1e9"], ["--minutes", "1e308"], ["--tokens", 2**63 - 1],
+                                   ["--memory_gb", "1e308"], ["--tokens", 1]])
+def test_extremes_are_planned_too(workspace, capsys, words):
+    json.loads(lines_of(workspace, capsys, *words)[-1])
+
+
+def test_a_time_that_no_calendar_has_is_no_time():
+    assert plan.clock_after(1e300) is None and plan.clock_after(float("inf")) is None
+    assert plan.clock_after(0).startswith("20")
 
 
 def test_help_and_mistakes_need_no_torch(workspace):

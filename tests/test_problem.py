@@ -184,6 +184,7 @@ def test_the_score_is_the_share_of_exact_matches(tiny_model, monkeypatch, capsys
 
 @pytest.mark.parametrize("name, typed, message", [
     ("sort", "11x515", "'x'"), ("sort", "1145", "4 digits, but the model was trained on 6"),
+    ("sort", "1", "1 digit, but the model was trained on 6"),
     ("q", "-1", "'-'"), ("q", "007", "leading zeros"), ("q", "100000000", "from 0 to 99999999"),
     ("bool", "(+ 0 1", "not one whole expression"), ("bool", "(+ 0 1))", "character 6 does not close"),
     ("bool", "(0 1)", "character 4 does not close"), ("bool", "(+ 0 1 1)", "character 6 does not close"),
@@ -276,6 +277,8 @@ def test_mistakes_are_answered_before_torch_is_imported(workspace):
     for words, message in ((["sort", "--length", 0], "length 0: must be at least 1"),
                            (["q", "--min_number", 9, "--max_number", 3], "must be from 0 up, in order"),
                            (["bool", "--depth", 0], "depth 0"),
+                           (["q", "--max_number", 5], "no test inputs; allow more inputs with "
+                                                      "--min_number, --max_number"),
                            (["sort", "--n_head", 3], "n_embd 64 is not divisible by n_head 3"),
                            (["sort", "--batch_size", 0], "batch_size is 0, but must be at least 1"),
                            (["q", "-i"], "train a model first: python problem.py q"),

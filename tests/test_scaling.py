@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import plan
-from plan import effective
+from scaling_law import effective, weight_decay_for
 from script import InputError
 from studies import scaling
 from studies.grid import read_runs
@@ -162,7 +162,7 @@ def test_long_runs_have_larger_steps_and_repeated_text_more_weight_decay(scripts
     in_a_step = {key: config.batch_size * args.model.block_size for key, config in grid.items()}
     for name, model, config, tokens in scaling.make_grid(args, text):
         assert tokens == pytest.approx(config.max_steps * in_a_step[name, tokens])
-        assert config.weight_decay == pytest.approx(plan.weight_decay_for(
+        assert config.weight_decay == pytest.approx(weight_decay_for(
             plan.on_meta(model).n_multiplied(), tokens, text.n_tokens, config.learning_rate,
             in_a_step[name, tokens]))
     short, long = sorted({tokens for _, tokens in grid})
