@@ -17,7 +17,8 @@ import tempfile
 import time
 import zipfile
 
-from config import ModelConfig, Parser, find, from_dict, what_there_is
+from config import ModelConfig, find, from_dict
+from flags import Parser, what_there_is
 from script import InputError, atomic_write, before_imports, replacing, run_script
 
 

@@ -33,13 +33,14 @@ import tempfile
 import time
 from collections import Counter
 
-from config import ROOT, ModelConfig, Parser, load_config
+from config import ROOT, ModelConfig, load_config
 from corpus.fingerprint import fingerprint_path, write_fingerprint
 from corpus.inputs import DOCUMENTS, ROWS, open_inputs, progress
 from corpus.rows import prepare_rows
 from corpus.split import SIDES, renumber
 from corpus.text import prepare_text
 from corpus.vocabulary import GrowingTokenizer
+from flags import Parser
 from script import InputError, guarded_output, print_json, run_script
 from tokenizer import Tokenizer
 

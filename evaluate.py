@@ -14,8 +14,9 @@ import math
 import os
 import sys
 
-from config import IGNORE, Parser, require_checkpoint
+from config import IGNORE
 from cpu import native
+from flags import Parser, require_checkpoint
 from script import InputError, before_imports, print_json, run_script
 
 

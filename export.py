@@ -16,7 +16,7 @@ import os
 import shlex
 import shutil
 
-from config import Parser, require_checkpoint
+from flags import Parser, require_checkpoint
 from script import InputError, before_imports, print_json, replacing, run_script, sync_folder
 
 DTYPES = {

@@ -11,8 +11,9 @@ End of input (Ctrl-D) or Ctrl-C leaves; Ctrl-C during an answer in a conversatio
 import contextlib
 import sys
 
-from config import Parser, check_sampling, require_checkpoint
+from config import check_sampling
 from cpu import native
+from flags import Parser, require_checkpoint
 from script import InputError, before_imports, run_script
 
 

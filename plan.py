@@ -23,7 +23,8 @@ import os
 import statistics
 from dataclasses import dataclass, replace
 
-from config import ROOT, ModelConfig, Parser, TrainConfig, check_files, load_config, read_json
+from config import ROOT, ModelConfig, TrainConfig, load_config, read_json
+from flags import Parser, check_files
 from script import InputError, atomic_write, before_imports, print_json, run_script
 
 # The models to choose from, layers and width. Heads are 64 wide where the width allows it.
@@ -348,7 +349,7 @@ def main(args):
     print(f"law: loss = {law['E']:.3g} + {law['A']:.4g} / N^{law['alpha']:.3g} + {law['B']:.4g} / "
           f"D^{law['beta']:.3g}, {planner.which_law}")
     if law in LAWS.values():
-        print("this law is of another text: on yours the loss may differ much; shapes and time still hold")
+        print("on text of another kind the loss may differ much from this law; shape and time still hold")
     print(f"{'shape':11}{'parameters':>14}{'tokens/s':>12} {'tokens':>14}{'epochs':>9}{'loss':>9}{'GB':>9}")
     found = planner.candidates()
     if not all(candidate.is_measured for candidate in found):

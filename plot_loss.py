@@ -14,7 +14,8 @@ import collections
 import os
 import sys
 
-from config import Parser, find
+from config import find
+from flags import Parser
 from script import InputError, atomic_write, before_imports, note, print_json, run_script
 
 REFRESH_SECONDS = 2

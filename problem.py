@@ -26,18 +26,8 @@ import sys
 
 import numpy as np
 
-from config import (
-    IGNORE,
-    ROOT,
-    ModelConfig,
-    Parser,
-    TrainConfig,
-    find,
-    from_dict,
-    load_config,
-    parse_value,
-    shorten_warmup,
-)
+from config import IGNORE, ROOT, ModelConfig, TrainConfig, find, from_dict, load_config, shorten_warmup
+from flags import Parser, parse_value
 from problems.digits import PALINDROME, SORT
 from problems.logic import BOOL
 from problems.numbers import Q

@@ -18,7 +18,8 @@ import signal
 import time
 from dataclasses import asdict
 
-from config import IGNORE, command_line
+from config import IGNORE
+from flags import command_line
 from script import InputError, before_imports, guarded_output, run_script
 
 

@@ -20,7 +20,7 @@ import traceback
 import warnings
 from datetime import timedelta
 
-from config import command_line
+from flags import command_line
 from script import InputError, before_imports, run_script
 
 if __name__ == "__main__":

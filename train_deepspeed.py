@@ -23,7 +23,7 @@ import time
 import warnings
 from dataclasses import replace
 
-import config
+import flags
 from config import ROOT, find, read_json
 from script import InputError, atomic_write, before_imports, replacing, sync_folder
 
@@ -40,7 +40,7 @@ def add_flags(cli):
 
 
 def command_line():
-    args = config.command_line(__doc__, add_flags)
+    args = flags.command_line(__doc__, add_flags)
     if importlib.util.find_spec("deepspeed") is None:
         raise InputError("DeepSpeed is not installed: pip install deepspeed, or use train_ddp.py")
     if "RANK" not in os.environ:

@@ -6,7 +6,8 @@ It is copied with `cp pretrain_train.npy*`, and a file without one still works.
 import json
 import os
 
-from config import numbered_texts, read_json
+from config import read_json
+from flags import numbered_texts
 from script import InputError, atomic_write, note
 
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # for config.py
 
-from config import Parser
+from flags import Parser
 from script import InputError, atomic_write, run_script
 
 TEXT_BYTES = 1_700_000  # the length of the pretraining text, to within one document

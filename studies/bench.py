@@ -31,7 +31,8 @@ import sys
 import tempfile
 from dataclasses import asdict, replace
 
-from config import IGNORE, ROOT, ModelConfig, Parser, TrainConfig
+from config import IGNORE, ROOT, ModelConfig, TrainConfig
+from flags import Parser
 from script import InputError, before_imports, print_json, run_script
 
 SMALL = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 65}

@@ -17,7 +17,8 @@ import tempfile
 import time
 from dataclasses import replace
 
-from config import ROOT, ModelConfig, Parser, TrainConfig, load_config
+from config import ROOT, ModelConfig, TrainConfig, load_config
+from flags import Parser
 from script import InputError, before_imports, print_json, run_script
 
 STUDY = dict(batch_size=4, gradient_accumulation_steps=4, warmup_iters=10, min_lr=0.0, lr_decay_iters=0,

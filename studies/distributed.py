@@ -16,7 +16,8 @@ import tempfile
 
 import numpy as np
 
-from config import ROOT, Parser
+from config import ROOT
+from flags import Parser
 from metrics import parse_log
 from script import InputError, print_json, run_script
 from tokenizer import Tokenizer

@@ -21,7 +21,8 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 
-from config import ROOT, ModelConfig, Parser, TrainConfig, check_files, load_config
+from config import ROOT, ModelConfig, TrainConfig, load_config
+from flags import Parser, check_files
 from script import InputError, before_imports, print_json, run_script
 
 NAMES = ("lr", "batch", "warmup", "decay", "regularise", "depth", "positions", "attention", "optimizer")

@@ -32,7 +32,8 @@ import sys
 import time
 from collections import Counter
 
-from config import ROOT, Parser
+from config import ROOT
+from flags import Parser
 from script import InputError, atomic_write, before_imports, print_json, replacing, run_script
 
 # Steps and rates of the two experiments, over the shipped configs. A question that validates is not learnt,

@@ -21,7 +21,8 @@ import re
 import statistics
 from dataclasses import asdict, replace
 
-from config import ROOT, ModelConfig, Parser, TrainConfig, load_config
+from config import ROOT, ModelConfig, TrainConfig, load_config
+from flags import Parser
 from script import InputError, atomic_write, before_imports, print_json, run_script
 
 # Over config_pretrain.json: small steps, so that the shortest run has enough of them.

@@ -31,7 +31,7 @@ if not torch.cuda.is_available():
 
 from forks import Fork, Forks
 
-import config
+import flags
 import metrics
 import strategy
 import train
@@ -163,7 +163,7 @@ class Workspace:
 
     def arguments(self, *words):
         """train.py's parsed command line WORDS… for this folder."""
-        return config.command_line(None, argv=list(map(str, words)), root=str(self.path))
+        return flags.command_line(None, argv=list(map(str, words)), root=str(self.path))
 
     def train(self, *words):
         """train.py WORDS… in this process, which spares the import of torch; returns the loop's dict."""

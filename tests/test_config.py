@@ -9,7 +9,8 @@ from conftest import REPO
 from hypothesis import given
 from hypothesis import strategies as st
 
-from config import ModelConfig, Parser, TrainConfig, from_dict, load_config, nearest, read_json, what_there_is
+from config import ModelConfig, TrainConfig, from_dict, load_config, nearest, read_json
+from flags import Parser, what_there_is
 from script import InputError, before_imports, note, run_script
 
 

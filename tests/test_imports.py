@@ -12,6 +12,7 @@ from conftest import REPO
 LAYERS = [
     "script",
     "config",
+    "flags",
     "tokenizer metrics device documents preceding muon cpu gpu",
     "corpus model optimizer",
     "dataloader",

@@ -235,7 +235,7 @@ def lines_of(workspace, capsys, *words, ladder=((1, 8), (1, 16), (1, 32)), measu
 
 
 def test_the_plan_of_another_text_s_law_says_so_and_that_of_this_text_s_does_not(workspace, capsys):
-    says = [line for line in lines_of(workspace, capsys, "--tokens", 1000) if "of another text" in line]
+    says = [line for line in lines_of(workspace, capsys, "--tokens", 1000) if "text of another kind" in line]
     assert len(says) == 1
     loader = plan.PreparedText(plan.command_line(["--tokens", "1"], root=str(workspace.path)).train,
                                str(workspace.path), 32)
