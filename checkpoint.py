@@ -105,7 +105,7 @@ def load(path):
         with torch.serialization.safe_globals(stand_ins()):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name == "posix")
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file{what_there_is()}") from None
+        raise InputError(f"{path}: no such file{what_there_is(path)}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     except InputError:

@@ -16,7 +16,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 from script import InputError, note
 
-IGNORE = -1  # a target that carries no loss
+IGNORE_INDEX = -1  # a target that carries no loss
 ROOT = os.path.dirname(os.path.abspath(__file__))
 
 

@@ -9,7 +9,7 @@ Letters: B rows in a batch, T tokens in a row.
 
 import numpy as np
 
-from config import IGNORE
+from config import IGNORE_INDEX
 from corpus.fingerprint import check_vocabulary, read_fingerprint
 from script import InputError
 
@@ -110,14 +110,14 @@ class InstructionRows:
     def batch(self, rows):
         """Inputs and targets of some rows, two int64 arrays (B, T), T from the longest row.
 
-        A target that carries no loss is IGNORE."""
+        A target that carries no loss is IGNORE_INDEX."""
         longest = self.lengths[rows].max()
         x = np.full((len(rows), longest - 1), self.pad_id, np.int64)
-        y = np.full((len(rows), longest - 1), IGNORE, np.int64)
+        y = np.full((len(rows), longest - 1), IGNORE_INDEX, np.int64)
         for i, row in enumerate(rows):
             ids, mask = np.asarray(self.data[self.starts[row] : self.ends[row]], np.int64).T
             x[i, : len(ids) - 1] = ids[:-1]
-            y[i, : len(ids) - 1] = np.where(mask[1:] == 1, ids[1:], IGNORE)
+            y[i, : len(ids) - 1] = np.where(mask[1:] == 1, ids[1:], IGNORE_INDEX)
         return x, y
 
 
@@ -199,7 +199,7 @@ class DataLoader:
         rounded_up = -(-len(batches) // self.world_size) * self.world_size
         for i in range(self.rank, rounded_up, self.world_size):
             x, y = self.read_batch(*batches[min(i, len(batches) - 1)])
-            yield x, y if i < len(batches) else np.full_like(y, IGNORE)
+            yield x, y if i < len(batches) else np.full_like(y, IGNORE_INDEX)
 
     def read_batch(self, source, rows):
         """A batch of one file, (B, T) twice. Raises InputError for an id beyond the vocabulary."""

@@ -14,7 +14,7 @@ import math
 import os
 import sys
 
-from config import IGNORE
+from config import IGNORE_INDEX
 from cpu import native
 from flags import Parser, require_checkpoint
 from script import InputError, before_imports, print_json, run_script
@@ -103,7 +103,7 @@ def score_batches(model, tokenizer, batches, document_mask, total=None):
     n_characters = 0
     n_unknown = 0
     for x, y in tqdm(batches, desc="loss", unit="batch", total=total):
-        predicted = y[y != IGNORE]
+        predicted = y[y != IGNORE_INDEX]
         x = torch.from_numpy(x).to(model.device)
         y = torch.from_numpy(y).to(model.device)
         loss = batch_loss(model, x, y, document_mask, tokenizer.bos_id, tokenizer.eos_id)
@@ -133,7 +133,7 @@ def window_batches(pieces, block_size, pad_id):
     n = -(-(len(rest) - 1) // block_size)
     if n > 0:
         x = np.full(n * block_size, pad_id, np.int64)
-        y = np.full(n * block_size, IGNORE, np.int64)
+        y = np.full(n * block_size, IGNORE_INDEX, np.int64)
         x[: len(rest) - 1] = rest[:-1]
         y[: len(rest) - 1] = rest[1:]
         yield x.reshape(n, block_size), y.reshape(n, block_size)

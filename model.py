@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from config import IGNORE, ModelConfig
+from config import IGNORE_INDEX, ModelConfig
 from cpu import fused
 from device import can_compile, has_flex_attention
 from documents import block_mask_of, documents_of, flex_attention, positions_in
@@ -277,7 +277,7 @@ class GPT(nn.Module):
         """Number of parameters; the tied embedding counts once."""
         return sum(p.numel() for p in self.parameters())
 
-    def n_multiplied(self):
+    def n_matmul_params(self):
         """Number of parameters without the tables of which each token reads only a row."""
         c = self.config
         return self.n_params() - c.n_embd * (c.n_prev * c.vocab_size + (0 if c.use_rope else c.block_size))
@@ -285,13 +285,13 @@ class GPT(nn.Module):
     def flops_per_token(self, length=None):
         """Floating-point operations of training on one token: 6 N + 12 n_layer C length (PaLM, app. B)."""
         c = self.config
-        return 6 * self.n_multiplied() + 12 * c.n_layer * c.n_embd * (length or c.block_size)
+        return 6 * self.n_matmul_params() + 12 * c.n_layer * c.n_embd * (length or c.block_size)
 
     def forward(self, idx, targets=None, documents=None, cache: KVCache | None = None, last_only=False):
         """Logits and loss.
 
-        idx: (B, T) token ids. targets: (B, T) ids, IGNORE (-1) where a token carries no loss; the loss is
-        the cross-entropy summed over the others and divided by their number, 0 where there are none.
+        idx: (B, T) token ids. targets: (B, T) ids, IGNORE_INDEX (-1) where a token carries no loss; the loss
+        is the cross-entropy summed over the others and divided by their number, 0 where there are none.
         documents: (B, T) numbers (`documents_of`): attention and positions stay inside each document.
         cache: tokens read before; the new ones are appended. last_only: logits of the last token alone.
         Returns logits (B, T, V) or (B, 1, V), without gradient where there are targets, and the loss, a
@@ -330,12 +330,12 @@ class GPT(nn.Module):
         # In float32, where the sum of many exponentials keeps its digits. A batch without counted tokens has
         # loss 0 instead of NaN: in instruction data a whole micro-batch can be questions.
         if self.gpu_cross_entropy is not None:
-            total = self.gpu_cross_entropy.apply(logits.flatten(0, 1), targets.flatten(), IGNORE)
+            total = self.gpu_cross_entropy.apply(logits.flatten(0, 1), targets.flatten(), IGNORE_INDEX)
         else:
-            total = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE,
-                                    reduction="sum")
+            total = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(),
+                                    ignore_index=IGNORE_INDEX, reduction="sum")
         # Only the loss has a gradient. For one of the logits too, the compiler would fill and add zeros.
-        return logits.detach(), total / (targets != IGNORE).sum().clamp(min=1)
+        return logits.detach(), total / (targets != IGNORE_INDEX).sum().clamp(min=1)
 
     def _mask_and_positions(self, idx, documents, cache):
         """The attention mask, as Attention takes it, and the positions: a slice, or a tensor ([B,] T)."""

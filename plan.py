@@ -126,7 +126,7 @@ def memory_bytes(model_config, tokens, is_half):
 
 
 def on_meta(model_config):
-    """A GPT without memory, for its numbers: n_params(), n_multiplied(), flops_per_token()."""
+    """A GPT without memory, for its numbers: n_params(), n_matmul_params(), flops_per_token()."""
     with torch.device("meta"):
         return GPT(model_config)
 
@@ -227,20 +227,20 @@ class Planner:
         times = []
         while len(times) < 3 or sum(times) < 1.5 and len(times) < 200:
             start = time.perf_counter()
-            loss = accumulate_gradients(trained, data, sum(data.n_counted), strategy, config,
+            loss = accumulate_gradients(trained, data, sum(data.n_loss_tokens), strategy, config,
                                         self.text.tokenizer)
             norm = strategy.clip_gradients()
             data = load_step(setup.loader, strategy, model.block_size)
-            strategy.take_step(config.learning_rate, strategy.read(loss, norm)[1])
+            strategy.optimizer_step(config.learning_rate, strategy.read(loss, norm)[1])
             times.append(time.perf_counter() - start)
-        speed = data.n_read / statistics.median(times[1:])
+        speed = data.n_tokens / statistics.median(times[1:])
         return speed, torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
 
     def candidate(self, layers, width):
         """The Candidate with this shape, or None if it is too large for the memory or the text."""
         base = replace(self.args.model, n_embd=AT_WIDTH, n_head=4, vocab_size=self.text.tokenizer.vocab_size)
         model = with_shape(base, layers, width)
-        n = on_meta(model).n_multiplied()
+        n = on_meta(model).n_matmul_params()
         unique = self.text.n_tokens
         if n > MEMORISING * unique and (layers, width) != LADDER[0]:
             self.limit = (f"the text, not the memory: with more than {MEMORISING} parameters for each of its "

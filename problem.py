@@ -26,7 +26,7 @@ import sys
 
 import numpy as np
 
-from config import IGNORE, ROOT, ModelConfig, TrainConfig, find, from_dict, load_config, shorten_warmup
+from config import IGNORE_INDEX, ROOT, ModelConfig, TrainConfig, find, from_dict, load_config, shorten_warmup
 from flags import Parser, parse_value
 from problems.digits import PALINDROME, SORT
 from problems.logic import BOOL
@@ -192,7 +192,7 @@ class ProblemLoader:
         return (texts[i : i + self.batch_size] for i in range(0, len(texts), self.batch_size))
 
     def encode(self, texts):
-        """Inputs and targets (B, T) of a list of inputs; IGNORE where the model has nothing to output."""
+        """Inputs and targets (B, T) of a list of inputs; IGNORE_INDEX where there is nothing to output."""
         encode = self.tokenizer.encode
         answers = [self.task.answer(text) for text in texts]
         if not self.is_causal:
@@ -201,7 +201,7 @@ class ProblemLoader:
             return x.astype(np.int64), y.astype(np.int64)
         longest = max(len(text) + len(answer) for text, answer in zip(texts, answers, strict=True)) + 1
         x = np.full((len(texts), longest), self.tokenizer.pad_id, np.int64)
-        y = np.full((len(texts), longest), IGNORE, np.int64)
+        y = np.full((len(texts), longest), IGNORE_INDEX, np.int64)
         for row, (text, answer) in enumerate(zip(texts, answers, strict=True)):
             end = len(text) + 1 + len(answer)
             x[row, :end] = encode(f"{text}={answer}")

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 import checkpoint as ckpt
-from config import IGNORE, TrainConfig
+from config import IGNORE_INDEX, TrainConfig
 from device import (
     can_compile,
     compile_model,
@@ -50,7 +50,7 @@ class SingleProcess:
         self.device = pick_device(config.device, self.local_rank)
         setup_device(self.device)
         # Measured, so the processes of one run could differ: they follow the first.
-        self.fast_bfloat16 = self.same_on_all_ranks(has_fast_bfloat16(self.device))
+        self.fast_bfloat16 = self.broadcast(has_fast_bfloat16(self.device))
         self.dtype = pick_dtype(config.dtype, self.device, self.fast_bfloat16, self.say)
         set_sdp_kernel(config.sdp_kernel)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
@@ -68,7 +68,7 @@ class SingleProcess:
         if self.is_main:
             tqdm.write(text)
 
-    def same_on_all_ranks(self, value):
+    def broadcast(self, value):
         """The first process's value."""
         return value
 
@@ -129,7 +129,7 @@ class SingleProcess:
         The loss is summed over all processes; the norm is the same on each."""
         return torch.stack([loss.detach().float(), norm.float()]).tolist()
 
-    def take_step(self, lr, norm):
+    def optimizer_step(self, lr, norm):
         """Step and clear the gradients, unless their `norm` is not finite. Returns the norm.
 
         Under float16 an overflow only means that the loss scale is too high: the scaler lowers it, norm 0."""
@@ -146,7 +146,7 @@ class SingleProcess:
         self.model.zero_grad()
         return math.nan
 
-    def sum_over_ranks(self, *values):
+    def all_reduce(self, *values):
         """The sums of some numbers over all processes; for booleans, whether any is true."""
         return values
 
@@ -184,8 +184,8 @@ class StepData:
     """The micro-batches of one step on the device, folded into as many passes as the strategy asks for."""
 
     passes: list  # of pairs (x, y), int64 tensors (B, T)
-    n_counted: list  # tokens with a loss in each of them
-    n_read: int  # tokens in all of them, padding included
+    n_loss_tokens: list  # tokens with a loss in each of them
+    n_tokens: int  # tokens in all of them, padding included
     position: dict  # loader.state_dict() before they were read
     epoch: float  # loader.epoch before they were read
 
@@ -199,16 +199,16 @@ def load_step(loader, strategy, block_size):
         micro_batches = [round_up_width(x, y, block_size) for x, y in micro_batches]
     fold = strategy.fold
     batches = [join(micro_batches[i : i + fold]) for i in range(0, len(micro_batches), fold)]
-    n_counted = [int((y != IGNORE).sum()) for _, y in batches]  # here, where no device is waited for
-    n_read = sum(x.size for x, _ in batches)
+    n_loss_tokens = [int((y != IGNORE_INDEX).sum()) for _, y in batches]  # waits for no device
+    n_tokens = sum(x.size for x, _ in batches)
     passes = [(strategy.to_device(x), strategy.to_device(y)) for x, y in batches]
-    return StepData(passes, n_counted, n_read, position, epoch)
+    return StepData(passes, n_loss_tokens, n_tokens, position, epoch)
 
 
 def pad_width(x, y, width):
     """Pad a batch x, y (B, T) to T = width; what is added carries no loss."""
     padding = ((0, 0), (0, width - x.shape[1]))
-    return np.pad(x, padding), np.pad(y, padding, constant_values=IGNORE)
+    return np.pad(x, padding), np.pad(y, padding, constant_values=IGNORE_INDEX)
 
 
 def round_up_width(x, y, block_size):
@@ -227,7 +227,7 @@ def join(batches):
     return np.concatenate([x for x, _ in padded]), np.concatenate([y for _, y in padded])
 
 
-def halve_passes(data, strategy):
+def shrink_passes(data, strategy):
     """After the device ran out of memory: the same step in smaller passes, from now on.
 
     Raises InputError where a pass is a single micro-batch already, or other processes wait for this one."""
@@ -243,4 +243,4 @@ def halve_passes(data, strategy):
     if strategy.compiles:
         torch.compiler.reset()  # frees the memory of CUDA graphs
     passes = [half for x, y in data.passes for half in zip(x.chunk(parts), y.chunk(parts), strict=True)]
-    return replace(data, passes=passes, n_counted=[int((y != IGNORE).sum()) for _, y in passes])
+    return replace(data, passes=passes, n_loss_tokens=[int((y != IGNORE_INDEX).sum()) for _, y in passes])

@@ -18,7 +18,7 @@ import signal
 import time
 from dataclasses import asdict
 
-from config import IGNORE
+from config import IGNORE_INDEX
 from flags import command_line
 from script import InputError, before_imports, guarded_output, run_script
 
@@ -41,7 +41,7 @@ from model import batch_loss
 from optimizer import build_optimizer, learning_rate
 from run import build_run
 from stats import LayerStats
-from strategy import WIDTHS, SingleProcess, halve_passes, load_step
+from strategy import WIDTHS, SingleProcess, load_step, shrink_passes
 from tokenizer import Tokenizer
 from verify_resume import verify_resume
 
@@ -55,25 +55,25 @@ def validation_loss(model, loader, strategy, config, tokenizer, n_batches=None):
     total = 0.0
     tokens = 0
     for x, y in loader.fixed_batches(n_batches or config.eval_iters):
-        n = int((y != IGNORE).sum())
+        n = int((y != IGNORE_INDEX).sum())
         with strategy.autocast():
             loss = batch_loss(model, strategy.to_device(x), strategy.to_device(y), config.document_mask,
                               tokenizer.bos_id, tokenizer.eos_id)
         total += float(loss) * n
         tokens += n
     model.train()
-    total, tokens = strategy.sum_over_ranks(total, tokens)
+    total, tokens = strategy.all_reduce(total, tokens)
     return total / max(1, tokens)
 
 
-def accumulate_gradients(model, data, n_counted, strategy, config, tokenizer):
+def accumulate_gradients(model, data, n_loss_tokens, strategy, config, tokenizer):
     """Forward and backward pass of each micro-batch of a step. Returns the loss, a scalar tensor.
 
-    The loss is the mean over the `n_counted` tokens of all micro-batches and processes. Each micro-batch's
+    The loss is the mean over the n_loss_tokens tokens of all micro-batches and processes. Each micro-batch's
     mean is weighted with its share of them, times the number of processes, since DDP averages gradients."""
     loss = 0.0
-    for i, ((x, y), n) in enumerate(zip(data.passes, data.n_counted, strict=True)):
-        share = n * strategy.world_size / max(1, n_counted)
+    for i, ((x, y), n) in enumerate(zip(data.passes, data.n_loss_tokens, strict=True)):
+        share = n * strategy.world_size / max(1, n_loss_tokens)
         with strategy.micro_step(last=i == len(data.passes) - 1):
             with strategy.autocast():
                 micro_loss = share * batch_loss(model, x, y, config.document_mask, tokenizer.bos_id,
@@ -137,8 +137,8 @@ def fit(model, tokenizer, loader, val_loader, config, strategy, run):
             used = before + elapsed if follows_clock else elapsed
             late = 0 < 60 * config.max_minutes < used + speed.shortest_step  # would a step end too late?
             clock = before + elapsed if strategy.is_main else 0.0
-            stopped, late, n_counted, n_read, clock = strategy.sum_over_ranks(
-                run.stop.signum > 0, late, sum(data.n_counted), data.n_read, clock)
+            stopped, late, n_loss_tokens, n_tokens, clock = strategy.all_reduce(
+                run.stop.signum > 0, late, sum(data.n_loss_tokens), data.n_tokens, clock)
             is_last = stopped or late or 0 < config.max_steps <= step
 
             # Validate and save. A run that is cut must leave no trace when it is continued, so it is not
@@ -167,9 +167,9 @@ def fit(model, tokenizer, loader, val_loader, config, strategy, run):
             loss = None
             while loss is None:
                 with contextlib.suppress(torch.OutOfMemoryError):
-                    loss = accumulate_gradients(trained, data, n_counted, strategy, config, tokenizer)
+                    loss = accumulate_gradients(trained, data, n_loss_tokens, strategy, config, tokenizer)
                 if loss is None:  # the error is gone, and what it held of the device's memory
-                    data = halve_passes(data, strategy)
+                    data = shrink_passes(data, strategy)
                     trained = strategy.compiled()
             norm = strategy.clip_gradients()
             done = data
@@ -178,7 +178,7 @@ def fit(model, tokenizer, loader, val_loader, config, strategy, run):
 
             # Step, unless a number is not finite: then no weight has changed, and the batch is kept.
             stats.before_step(step)
-            norm = strategy.take_step(lr, norm) if math.isfinite(loss) else strategy.skip_step()
+            norm = strategy.optimizer_step(lr, norm) if math.isfinite(loss) else strategy.skip_step()
             stats.after_step(step, done.passes[0][0])
             if math.isfinite(norm):
                 losses.append(loss)
@@ -188,8 +188,8 @@ def fit(model, tokenizer, loader, val_loader, config, strategy, run):
 
             # Log.
             step += 1
-            tokens += n_read
-            speed.count(n_read)
+            tokens += n_tokens
+            speed.count(n_tokens)
             if step % config.log_interval == 0:
                 speed.read()
                 flops = speed.tokens_per_second * model.flops_per_token(done.passes[0][0].size(1))

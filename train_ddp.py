@@ -68,7 +68,7 @@ class DataParallel(SingleProcess):
     def init_process_group(self, backend, timeout):
         dist.init_process_group(backend, timeout=timeout, device_id=self.own_card)
 
-    def same_on_all_ranks(self, value):
+    def broadcast(self, value):
         values = [value]
         dist.broadcast_object_list(values, group=self.control)
         return values[0]
@@ -89,19 +89,19 @@ class DataParallel(SingleProcess):
         dist.all_reduce(values)
         return values.tolist()
 
-    def sum_over_ranks(self, *values):
+    def all_reduce(self, *values):
         totals = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(totals, group=self.control)
         return [type(value)(total) for value, total in zip(values, totals.tolist(), strict=True)]
 
-    def rng_of_all(self):
+    def all_gather_rng(self):
         """The random states of all processes, in order; every process must call it."""
         rng = [None] * self.world_size
         dist.all_gather_object(rng, device.rng_state(self.device), group=self.control)
         return rng
 
     def state(self):
-        return {**super().state(), "rng": self.rng_of_all()}
+        return {**super().state(), "rng": self.all_gather_rng()}
 
     def close(self):
         """Leave the process group together. What holds its gradients must be gone first: gloo's threads

@@ -190,7 +190,7 @@ class Zero(DataParallel):
         """The engine computes the norm, and clips, in its step. Returns 0."""
         return torch.zeros((), device=self.device)
 
-    def take_step(self, lr, norm):
+    def optimizer_step(self, lr, norm):
         """Returns the gradient norm; NaN, and no step taken, if it is not finite. An overflow under float16
         is 0, as in SingleProcess."""
         set_lr(self.engine.optimizer.param_groups, lr)
@@ -208,12 +208,12 @@ class Zero(DataParallel):
         """Write the folder checkpoint/ds/<task>_<date>_<time>_step_<n>, whole or not at all; then let the
         file `latest`, and the link <task>_<kind>, mean it."""
         folder = os.path.join(run.checkpoints, "ds")
-        run.stamp = self.same_on_all_ranks(run.stamp)  # only the first process has one
+        run.stamp = self.broadcast(run.stamp)  # only the first process has one
         tag = os.path.basename(run.path(f"step_{content['step']}")).removesuffix(".pt")
-        state = {"nano": {**content, "rng": self.rng_of_all()}, "zero_stage": self.stage}
+        state = {"nano": {**content, "rng": self.all_gather_rng()}, "zero_stage": self.stage}
         temporary = os.path.join(folder, tag + ".tmp")
         try:
-            if not self.same_on_all_ranks(os.path.exists(os.path.join(folder, tag))):
+            if not self.broadcast(os.path.exists(os.path.join(folder, tag))):
                 if self.is_main:
                     remove_leftovers(folder)
                 dist.barrier()

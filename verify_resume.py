@@ -18,11 +18,11 @@ class CutAt(SingleProcess):
     def __init__(self, cut):
         self.steps_left = cut
 
-    def take_step(self, lr, norm):
+    def optimizer_step(self, lr, norm):
         self.steps_left -= 1
         if self.steps_left == 0:
             signal.raise_signal(signal.SIGINT)
-        return super().take_step(lr, norm)
+        return super().optimizer_step(lr, norm)
 
 
 def differences(a, b, name):

@@ -31,7 +31,7 @@ import sys
 import tempfile
 from dataclasses import asdict, replace
 
-from config import IGNORE, ROOT, ModelConfig, TrainConfig
+from config import IGNORE_INDEX, ROOT, ModelConfig, TrainConfig
 from flags import Parser
 from script import InputError, before_imports, print_json, run_script
 
@@ -294,7 +294,7 @@ def bench_sft(args, device):
     def pad(batch):
         width = ((0, 0), (0, block_size - batch[0].shape[1]))
         return [np.pad(array, width, constant_values=fill)
-                for array, fill in zip(batch, (0, IGNORE), strict=True)]
+                for array, fill in zip(batch, (0, IGNORE_INDEX), strict=True)]
 
     def trimmed():
         batch = loader.next_batch()

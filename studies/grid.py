@@ -64,10 +64,10 @@ class ObservedProcess(SingleProcess):
         self.losses.append(loss)
         return loss, norm
 
-    def take_step(self, lr, norm):
+    def optimizer_step(self, lr, norm):
         if self.rate:
             lr = self.rate(len(self.losses) - 1)
-        norm = super().take_step(lr, norm)
+        norm = super().optimizer_step(lr, norm)
         self.after_step(self.model)
         return norm
 

@@ -104,7 +104,7 @@ def make_grid(args, text):
     grid = []
     for layers, width in args.shapes:
         model = with_shape(replace(args.model, vocab_size=text.tokenizer.vocab_size), layers, width)
-        n = on_meta(model).n_multiplied()
+        n = on_meta(model).n_matmul_params()
         learning_rate = learning_rate_at(width, args.train.learning_rate, args.model.n_embd)
         for rows, steps in dict.fromkeys(split_tokens(tokens, args.train, model.block_size)
                                          for tokens in args.tokens):
@@ -144,7 +144,7 @@ def train_grid(args, path):
             result = train_run(model, config, text, lambda _, flops=flops: bar.update(flops))
             if result["signal"]:
                 return runs, result["signal"]
-            runs.append({"shape": name, "steps": result["step"], "n": on_meta(model).n_multiplied(),
+            runs.append({"shape": name, "steps": result["step"], "n": on_meta(model).n_matmul_params(),
                          "tokens": result["tokens"], "loss": result["loss"], "epochs": result["epochs"],
                          "seconds": result["seconds"], "settings": settings})
             append_run(path, runs[-1])

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from config import IGNORE
+from config import IGNORE_INDEX
 from corpus.fingerprint import check_vocabulary, fingerprint_path, write_fingerprint
 from dataloader import DataLoader, InstructionRows, TextBlocks, evenly_spaced, open_array
 from script import InputError
@@ -134,7 +134,7 @@ def test_ranks_validate_the_same_tokens_as_one_process(text, world_size):
     whole = [x for x, _ in loader(path).fixed_batches(7)]
     shares = [list(loader(path, rank=r, world_size=world_size).fixed_batches(7)) for r in range(world_size)]
     assert len({len(share) for share in shares}) == 1  # else one would wait for the others for ever
-    counted = sorted(int(x[0, 0]) for share in shares for x, y in share if (y != IGNORE).any())
+    counted = sorted(int(x[0, 0]) for share in shares for x, y in share if (y != IGNORE_INDEX).any())
     assert counted == sorted(int(x[0, 0]) for x in whole)
 
 
@@ -142,7 +142,8 @@ def test_only_answers_carry_loss_and_padding_never_does(rows):
     path = rows([4, 9])
     x, y = InstructionRows(path, BLOCK).batch(np.array([0, 1]))
     assert x.tolist() == [[10] * 3 + [0] * 5, [11] * 8]
-    assert y.tolist() == [[IGNORE, IGNORE, 10] + [IGNORE] * 5, [IGNORE] * 5 + [11] * 3]
+    none = IGNORE_INDEX
+    assert y.tolist() == [[none, none, 10] + [none] * 5, [none] * 5 + [11] * 3]
 
 
 def test_an_epoch_of_instructions_visits_every_row_once(rows):
@@ -296,7 +297,7 @@ def test_rows_end_at_the_padding_of_their_vocabulary(rows, knows):
     assert source.lengths.tolist() == [4, 9]
     x, y = source.batch(np.array([0, 1]))
     assert x.tolist() == [[0] * 3 + [tokenizer.pad_id] * 5, [1] * 8]
-    assert y.tolist() == [[IGNORE, IGNORE, 0] + [IGNORE] * 5, [IGNORE] * 5 + [1] * 3]
+    assert y.tolist() == [[IGNORE_INDEX, IGNORE_INDEX, 0] + [IGNORE_INDEX] * 5, [IGNORE_INDEX] * 5 + [1] * 3]
 
 
 def test_a_wrong_vocabulary_is_named_before_the_rows_that_its_padding_would_cut(rows):

@@ -9,7 +9,7 @@ from conftest import CountedGraphs
 
 import gpu
 import model
-from config import IGNORE
+from config import IGNORE_INDEX
 from cpu import fused as cpu_fused
 from documents import documents_of
 from model import apply_rope, rope_table
@@ -63,9 +63,9 @@ def test_heads_equal_the_formulas_in_value_and_gradient(dtype, positions, eps):
 def test_cross_entropy_equals_torchs_in_value_and_gradient(dtype, V):
     logits = random(7, V, dtype=dtype, scale=20.0)
     targets = torch.randint(V, (7,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    targets[2] = IGNORE
-    ours = fused.CrossEntropy.apply(logits, targets, IGNORE)
-    expected = F.cross_entropy(logits.double(), targets, ignore_index=IGNORE, reduction="sum")
+    targets[2] = IGNORE_INDEX
+    ours = fused.CrossEntropy.apply(logits, targets, IGNORE_INDEX)
+    expected = F.cross_entropy(logits.double(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
     torch.testing.assert_close(ours, expected.float())
     gradient, = torch.autograd.grad(0.5 * ours, logits)
     wanted, = torch.autograd.grad(0.5 * expected, logits)
@@ -75,7 +75,7 @@ def test_cross_entropy_equals_torchs_in_value_and_gradient(dtype, V):
 
 def test_cross_entropy_of_no_counted_token_is_zero():
     logits = random(3, 10)
-    loss = fused.CrossEntropy.apply(logits, torch.full((3,), IGNORE, device=DEVICE), IGNORE)
+    loss = fused.CrossEntropy.apply(logits, torch.full((3,), IGNORE_INDEX, device=DEVICE), IGNORE_INDEX)
     assert loss == 0 and (torch.autograd.grad(loss, logits)[0] == 0).all()
 
 
@@ -88,9 +88,9 @@ def test_what_the_compiler_is_told_of_the_kernels_is_true():
     torch.library.opcheck(fused.heads_backward, (grad, grad[:, :1], grad[:, :1], qkv, cos, sin, None),
                           test_utils=tests)
     logits, targets = random(4, 9).detach(), torch.arange(4, device=DEVICE)
-    torch.library.opcheck(fused.cross_entropy_forward, (logits, targets, IGNORE), test_utils=tests)
-    torch.library.opcheck(fused.cross_entropy_backward,
-                          (logits, targets, logits[:, 0].clone(), logits.sum(), IGNORE), test_utils=tests)
+    torch.library.opcheck(fused.cross_entropy_forward, (logits, targets, IGNORE_INDEX), test_utils=tests)
+    inputs = logits, targets, logits[:, 0].clone(), logits.sum(), IGNORE_INDEX
+    torch.library.opcheck(fused.cross_entropy_backward, inputs, test_utils=tests)
 
 
 def test_kernels_are_used_only_where_they_run(tiny_model, monkeypatch, capsys):
@@ -140,7 +140,7 @@ def test_the_kernels_change_no_logits_loss_or_gradient_of_a_model(tiny_model, mo
     plain, fast = without_kernels(tiny_model(**values)), with_kernels(tiny_model(**values))
     idx = torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     targets = idx.roll(-1, 1)
-    targets[0, :4] = IGNORE
+    targets[0, :4] = IGNORE_INDEX
     documents = documents_of(idx, int(idx[0, 5]), -1) if way == "documents" else None
     graphs = CountedGraphs()
     torch._dynamo.reset()

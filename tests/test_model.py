@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY, CountedGraphs
 
-from config import IGNORE, ModelConfig
+from config import IGNORE_INDEX, ModelConfig
 from cpu import fused
 from device import set_sdp_kernel
 from documents import documents_of, positions_in
@@ -376,10 +376,10 @@ def test_qk_norm_makes_attention_blind_to_the_size_of_queries_and_keys(tiny_mode
 
 def test_loss_is_the_sum_over_masked_in_tokens_divided_by_their_number(tiny_model):
     model, idx, targets = tiny_model(), some_ids(), some_ids(seed=2)
-    targets[0, 3:] = IGNORE  # rows of unlike weight: 3 tokens and 12
+    targets[0, 3:] = IGNORE_INDEX  # rows of unlike weight: 3 tokens and 12
     logits, loss = model(idx, targets)
     each = [-logits[b, t].log_softmax(0)[targets[b, t]] for b in range(2) for t in range(12)
-            if targets[b, t] != IGNORE]
+            if targets[b, t] != IGNORE_INDEX]
     assert len(each) == 15
     torch.testing.assert_close(loss, torch.stack(each).sum() / 15)
 
@@ -388,7 +388,7 @@ def test_a_token_that_is_masked_out_changes_nothing(tiny_model):
     """The loss is that of the other tokens; taking the mask away changes it."""
     model, idx, targets = tiny_model(), some_ids(), some_ids(seed=2)
     hidden = targets.clone()
-    hidden[:, :6] = IGNORE
+    hidden[:, :6] = IGNORE_INDEX
     full, masked = model(idx, targets)[1], model(idx, hidden)[1]
     assert abs(full - masked) > 1e-4
     logits = model(idx)[0][:, 6:]
@@ -398,7 +398,7 @@ def test_a_token_that_is_masked_out_changes_nothing(tiny_model):
 @every_variant
 def test_a_batch_without_a_masked_in_token_has_loss_zero_and_finite_gradients(tiny_model, values):
     model, idx = tiny_model(**values), some_ids()
-    loss = model(idx, torch.full_like(idx, IGNORE))[1]
+    loss = model(idx, torch.full_like(idx, IGNORE_INDEX))[1]
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is None or (p.grad == 0).all() for p in model.parameters())

@@ -189,7 +189,7 @@ def test_a_model_that_could_learn_the_text_by_heart_is_not_chosen(workspace, mon
     monkeypatch.setattr(plan.Planner, "measure", lambda self, model, config: (1e9, 1e6))
     planner = plan.Planner(plan.command_line(["--minutes", "60"], root=str(workspace.path)))
     planner.text.n_tokens = 100_000
-    sizes = [plan.on_meta(candidate.model).n_multiplied() for candidate in planner.candidates()]
+    sizes = [plan.on_meta(candidate.model).n_matmul_params() for candidate in planner.candidates()]
     assert 200_000 < max(sizes) <= plan.MEMORISING * 100_000
 
 

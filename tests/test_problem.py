@@ -12,7 +12,7 @@ import torch
 from conftest import REPO
 
 import problem
-from config import IGNORE
+from config import IGNORE_INDEX
 from problem import TASKS, ProblemLoader, read_input, sample_inputs, score
 from problems.logic import evaluate
 from script import InputError
@@ -123,10 +123,10 @@ def test_a_causal_row_has_targets_on_the_answer_and_its_end_alone(name, values):
         for ids, targets in zip(x, y, strict=True):
             text, _, answer = re.sub(r"<\|\w+\|>", "", rows.tokenizer.decode(ids)).partition("=")
             assert answer == TASKS[name].answer(text)
-            assert (targets[:len(text)] == IGNORE).all()
+            assert (targets[:len(text)] == IGNORE_INDEX).all()
             assert list(targets[len(text):len(text) + len(answer)]) == list(rows.tokenizer.encode(answer))
             assert targets[len(text) + len(answer)] == rows.tokenizer.eos_id
-            assert (targets[len(text) + len(answer) + 1:] == IGNORE).all()
+            assert (targets[len(text) + len(answer) + 1:] == IGNORE_INDEX).all()
 
 
 def test_labelled_subexpressions_add_targets_at_brackets_and_nothing_else():
@@ -134,7 +134,7 @@ def test_labelled_subexpressions_add_targets_at_brackets_and_nothing_else():
     (x, y), (x_labelled, y_labelled) = plain.next_batch(), labelled.next_batch()
     brackets = x == plain.tokenizer.stoi[")"]
     assert (x == x_labelled).all() and (y == y_labelled)[~brackets].all()
-    assert (y[brackets] == IGNORE).all() and (y_labelled[brackets] != IGNORE).all()
+    assert (y[brackets] == IGNORE_INDEX).all() and (y_labelled[brackets] != IGNORE_INDEX).all()
 
 
 def test_batches_depend_on_the_seed_alone_and_go_on_from_a_state():

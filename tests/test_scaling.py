@@ -163,7 +163,7 @@ def test_long_runs_have_larger_steps_and_repeated_text_more_weight_decay(scripts
     for name, model, config, tokens in scaling.make_grid(args, text):
         assert tokens == pytest.approx(config.max_steps * in_a_step[name, tokens])
         assert config.weight_decay == pytest.approx(weight_decay_for(
-            plan.on_meta(model).n_multiplied(), tokens, text.n_tokens, config.learning_rate,
+            plan.on_meta(model).n_matmul_params(), tokens, text.n_tokens, config.learning_rate,
             in_a_step[name, tokens]))
     short, long = sorted({tokens for _, tokens in grid})
     assert long == pytest.approx(4e6, rel=0.01)

@@ -52,8 +52,8 @@ class Watched(train.SingleProcess):
         self.counter.n = before + max(1, self.counter.n - before)  # .tolist() is a read that is not counted
         return values
 
-    def take_step(self, lr, norm):
-        norm = super().take_step(lr, norm)
+    def optimizer_step(self, lr, norm):
+        norm = super().optimizer_step(lr, norm)
         self.reads.append(self.counter.n)
         self.counter.n = 0
         return norm
@@ -165,11 +165,11 @@ def test_out_of_memory_frees_the_failed_pass_before_it_makes_smaller_ones(worksp
             losses.append(weakref.ref(loss))
             super().backward(loss)
 
-    def halve_passes(*args):
+    def shrink_passes(*args):
         freed.append(losses[-1]() is None)
-        return strategy.halve_passes(*args)
+        return strategy.shrink_passes(*args)
 
-    monkeypatch.setattr(train, "halve_passes", halve_passes)
+    monkeypatch.setattr(train, "shrink_passes", shrink_passes)
     train_with(Watching(4, room=8), workspace)
     assert freed == [True]
 
@@ -225,9 +225,9 @@ def test_batches_are_padded_to_the_widest_and_what_is_added_carries_no_loss():
                (np.ones((1, 5), np.int64), np.full((1, 5), 8))]
     x, y = join(batches)
     assert x.shape == y.shape == (3, 5)
-    assert (y[:2, 3:] == train.IGNORE).all() and (y[:2, :3] == 7).all() and (y[2] == 8).all()
+    assert (y[:2, 3:] == train.IGNORE_INDEX).all() and (y[:2, :3] == 7).all() and (y[2] == 8).all()
     x, y = round_up_width(*batches[0], 32)
-    assert x.shape == (2, 4) and (y[:, 3] == train.IGNORE).all()
+    assert x.shape == (2, 4) and (y[:, 3] == train.IGNORE_INDEX).all()
 
 
 # ---- Compiling ----

@@ -19,7 +19,7 @@ import metrics
 import strategy
 import train
 from checkpoint import build_model
-from config import IGNORE, TrainConfig
+from config import IGNORE_INDEX, TrainConfig
 from dataloader import DataLoader
 from metrics import parse_log
 from optimizer import build_optimizer, learning_rate
@@ -286,7 +286,7 @@ def test_clipping_acts_with_and_without_mixed_precision(tiny_model, dtype, clip)
     process.optimizer.optimizers[0].register_step_pre_hook(lambda *_: seen.append(
         torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()))
     loss, norm = process.read(loss, process.clip_gradients())
-    assert process.take_step(1e-3, norm) == norm > 0.1
+    assert process.optimizer_step(1e-3, norm) == norm > 0.1
     assert seen == [pytest.approx(clip or norm, rel=1e-2)]
 
 
@@ -295,7 +295,7 @@ def test_accumulating_four_batches_of_one_equals_one_batch_of_four(workspace, ti
     generator = np.random.default_rng(0)
     x, y = generator.integers(0, 50, (2, 8, 16))
     for row, counted in enumerate((1, 16, 4, 9, 2, 16, 1, 5)):
-        y[row, counted:] = IGNORE
+        y[row, counted:] = IGNORE_INDEX
     fours = [(x[i : i + 4], y[i : i + 4]) for i in (0, 4)]
     ones = [(x[i : i + 1], y[i : i + 1]) for i in range(8)]
     a = trained_on(workspace, tiny_model(), fours, gradient_accumulation_steps=1, max_steps=2)
@@ -313,7 +313,7 @@ def test_gradient_accumulation_reads_as_many_rows_as_it_says(shared):
 
 def test_a_batch_without_a_masked_in_token_trains_on(workspace, tiny_model):
     x = np.ones((2, 8), np.int64)
-    model = trained_on(workspace, tiny_model(), [(x, np.full_like(x, IGNORE))], max_steps=2,
+    model = trained_on(workspace, tiny_model(), [(x, np.full_like(x, IGNORE_INDEX))], max_steps=2,
                        gradient_accumulation_steps=1)
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
@@ -323,7 +323,7 @@ def test_the_loss_mask_decides_what_is_learned(workspace, tiny_model):
     rng = np.random.default_rng(0)
     ids = rng.permutation(50)[:17][None]
     y = ids[:, 1:].copy()
-    y[:, :8] = IGNORE
+    y[:, :8] = IGNORE_INDEX
     model = trained_on(workspace, tiny_model(), [(ids[:, :-1], y)], max_steps=60, learning_rate=1e-2,
                        gradient_accumulation_steps=1)
     logits = model.eval()(torch.from_numpy(ids[:, :-1]))[0]
