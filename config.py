@@ -103,7 +103,7 @@ class TrainConfig:
     max_minutes: float = option(0.0, "stop (and save) after this many minutes; 0: no limit", least=0.0)
     save_interval: int = option(1000, "steps between unconditional checkpoints", least=1)
     compile: Literal["auto", "true", "false"] = option(
-        "auto", "torch.compile the model? auto: on CUDA, for 1000 steps or more")
+        "auto", "torch.compile the model? auto: on CUDA, for runs of 1000 steps or 2 minutes")
     document_mask: bool = option(False, "hide the other documents of a window from each token?")
     log_stats: int = option(0, "steps between records of statistics per layer (stats.py); 0: none", least=0)
     skip_nonfinite: int = option(0, "steps with a non-finite gradient to skip before stopping", least=0)

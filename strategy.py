@@ -29,7 +29,9 @@ from gpu import usable_kernels
 from script import InputError
 
 WIDTHS = 8  # different widths of batches, at most; each is compiled on its own
-COMPILED_STEPS = 1000  # a width: compiling it takes 20 s, which shorter runs do not earn back (docs/log.md)
+# A width takes 20 s or more to compile, which shorter runs do not earn back (docs/log.md).
+COMPILED_STEPS = 1000
+COMPILED_MINUTES = 2.0
 FOLDED_TOKENS = 65536  # at most so many in one pass on CUDA; more gain nothing there and take memory
 
 
@@ -54,7 +56,8 @@ class SingleProcess:
         self.dtype = pick_dtype(config.dtype, self.device, self.fast_bfloat16, self.say)
         set_sdp_kernel(config.sdp_kernel)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
-        is_long = config.max_steps == 0 or config.max_steps >= widths * COMPILED_STEPS
+        is_long = (config.max_steps or math.inf) >= widths * COMPILED_STEPS and \
+            (config.max_minutes or math.inf) >= widths * COMPILED_MINUTES
         self.compiles = config.compile == "true" or (
             config.compile == "auto" and is_long and can_compile(self.device)
             and usable_kernels(self.device) is not None)

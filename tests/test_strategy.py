@@ -285,7 +285,7 @@ def test_auto_compiles_long_runs_where_triton_works(monkeypatch):
     assert not compiles() and compiles(compile="true")
     monkeypatch.setattr(strategy, "usable_kernels", lambda device: strategy)
     assert compiles() and compiles(max_steps=1000) and not compiles(compile="false")
-    assert not compiles(max_steps=999)
+    assert not compiles(max_steps=999) and not compiles(max_minutes=1.9) and compiles(max_minutes=2)
     assert compiles(WIDTHS, max_steps=8000) and not compiles(WIDTHS, max_steps=7999)  # a graph for each
 
 
