@@ -7,6 +7,7 @@ separate: `pick_device` and `pick_dtype` change nothing, `setup_device` and `set
 import contextlib
 import ctypes
 import importlib.util
+import re
 import shutil
 import time
 
@@ -48,20 +49,22 @@ def check_capability(device, capability, architectures):
 
     capability: (major, minor) of the card. architectures: what torch was built for, such as ["sm_75",
     "compute_90"]; code for sm_75 runs on 7.5 and later 7.x, compute_90 on 9.0 and everything later."""
-    def runs(name):
-        kind, _, digits = name.partition("_")
-        digits = digits.rstrip("af")  # sm_90a and the like
-        built_for = (int(digits[:-1]), int(digits[-1]))
-        if kind == "compute":
-            return capability >= built_for
-        return capability[0] == built_for[0] and capability[1] >= built_for[1]
-
-    if architectures and not any(map(runs, architectures)):
-        lowest = min(name.partition("_")[2] for name in architectures)
-        raise InputError(
-            f"{device} has compute capability {capability[0]}.{capability[1]}, but this torch was built for "
-            f"{lowest[:-1]}.{lowest[-1]} and above; install a build for the card (https://pytorch.org, for "
-            "capability below 7.5 the CUDA 12.6 build), or use --device cpu")
+    # sm_90a and the like count as sm_90; the names of AMD's cards have another form and are not compared.
+    matches = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", name) for name in architectures]
+    built_for = [(match[1], (int(match[2]), int(match[3]))) for match in matches if match]
+    for kind, version in built_for:
+        if capability >= version and (kind == "compute" or capability[0] == version[0]):
+            return
+    if not built_for:
+        return
+    lowest = min(version for _, version in built_for)
+    highest = max(version for _, version in built_for)
+    if capability < lowest:
+        advice = f"{lowest[0]}.{lowest[1]} and above; for older cards there is a build for CUDA 12.6"
+    else:
+        advice = f"cards up to {highest[0]}.{highest[1]}; install a newer one"
+    raise InputError(f"{device} has compute capability {capability[0]}.{capability[1]}, but this torch was "
+                     f"built for {advice} (https://pytorch.org), or use --device cpu")
 
 
 def setup_device(device):

@@ -1,5 +1,6 @@
 """AdamW and Muon over parameter groups, and the learning-rate schedule."""
 
+import copy
 import math
 
 import torch
@@ -62,7 +63,9 @@ class Optimizers:
             groups = []
             for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
                 groups.append({**saved, "fused": own["fused"]} if "fused" in own else saved)
-            optimizer.load_state_dict({**state, "param_groups": groups})
+            # Copied: a checkpoint's tensors lie in its file, which may change while training goes on.
+            moments = copy.deepcopy(state["state"])
+            optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
 
 def build_optimizer(model, config: TrainConfig, fast_bfloat16=False, rank=0, world_size=1):

@@ -17,6 +17,7 @@ import time
 
 START = time.perf_counter()
 
+import contextlib
 import json
 import math
 import os
@@ -25,14 +26,14 @@ from dataclasses import dataclass, replace
 
 from config import ROOT, ModelConfig, TrainConfig, load_config, read_json
 from flags import Parser, check_files
-from script import InputError, atomic_write, before_imports, print_json, run_script
+from script import InputError, atomic_write, before_imports, count, print_json, run_script
 
 # The models to choose from, layers and width. Heads are 64 wide where the width allows it.
 LADDER = ((1, 32), (1, 64), (2, 96), (3, 128), (4, 192), (4, 256), (5, 320), (6, 384), (8, 512), (10, 640),
           (12, 768), (16, 1024), (24, 1536))
 # What the laws were fitted with, and what other programs can run (see export.py).
 SHAPE = dict(n_kv_head=0, activation="relu2", qk_norm=True, use_rope=True, n_prev=0, bias=False,
-             is_causal=True, final_norm="rmsnorm")
+             is_causal=True, final_norm="rmsnorm", n_hidden=0)
 RECIPE = dict(optimizer="muon", decay_lr=True, lr_schedule="linear", min_lr=0.0, lr_decay_iters=0,
               embedding_lr=1.0, dropout=0.0)
 MEASURING_SECONDS = 30
@@ -79,41 +80,29 @@ from dataloader import DataLoader
 from model import GPT
 from optimizer import build_optimizer
 from run import build_run
-from scaling_law import AT_WIDTH, LAWS, effective, learning_rate_at, predict, weight_decay_for
+from scaling_law import (
+    AT_WIDTH,
+    LAWS,
+    choose_law,
+    effective,
+    learning_rate_at,
+    predict,
+    step_tokens,
+    weight_decay_for,
+)
 from strategy import FOLDED_TOKENS, SingleProcess, load_step
 from tokenizer import Tokenizer
 from train import accumulate_gradients
 
+CPU_TOKENS = 8192  # at most so many in a pass on a CPU, for whose caches more are too many
 PASSES = 20  # over the text, at most; many more bring nothing but memorising (docs/scaling.md)
 MEMORISING = 6  # parameters per training token, at most; with more, the same happens sooner
-
-
-def choose_law(root, vocab_size, n_tokens):
-    """The law that studies.scaling fitted to this text and kind of model; else the shipped one whose
-    vocabulary is nearest in size, as the alphabet decides most of the loss. And words that say which it is.
-    """
-    path = os.path.join(root, "scaling.json")
-    if os.path.isfile(path):
-        study = read_json(path)
-        kind = study.get("model", {})
-        if study.get("training_tokens") == n_tokens and all(kind.get(key) == SHAPE[key] for key in SHAPE):
-            return study["law"], "fitted to this text (scaling.json)"
-    name = min(LAWS, key=lambda name: abs(math.log(LAWS[name]["vocab_size"] / vocab_size)))
-    return LAWS[name], (f"the shipped one of {name}, whose vocabulary of {LAWS[name]['vocab_size']} is "
-                        "nearest; python -m studies.scaling fits one to your text")
 
 
 def with_shape(model_config, layers, width):
     """model_config with another depth and width, and heads of the same size as far as the width allows."""
     heads = max(1, width * model_config.n_head // model_config.n_embd)
     return replace(model_config, n_layer=layers, n_embd=width, n_head=heads).validate()
-
-
-def step_tokens(tokens, block_size):
-    """Tokens in a step for a run of `tokens`: about 2,000 steps, each a power of two of windows; from 1,024
-    to 524,288 tokens, beyond which a larger batch saves hardly any steps at these sizes."""
-    wanted = min(max(tokens / 2000, 1024), 524288)
-    return block_size * 2 ** max(0, math.floor(math.log2(wanted / block_size)))
 
 
 def memory_bytes(model_config, tokens, is_half):
@@ -169,7 +158,8 @@ class Planner:
     def __init__(self, args):
         self.args = args
         self.text = PreparedText(args.train, args.root, args.model.block_size)
-        self.law, self.which_law = choose_law(args.root, self.text.tokenizer.vocab_size, self.text.n_tokens)
+        self.law, self.which_law = choose_law(args.root, self.text.tokenizer.vocab_size, self.text.n_tokens,
+                                              SHAPE)
         strategy = SingleProcess()
         strategy.setup(args.train)  # says what the device lacks, once
         self.device = strategy.device
@@ -179,6 +169,8 @@ class Planner:
             self.memory = args.memory_gb * 1e9
         elif self.device.type == "cuda":
             self.memory = 0.9 * torch.cuda.get_device_properties(self.device).total_memory
+        if args.minutes and self.training_seconds() < 10:
+            raise InputError(f"--minutes {args.minutes:g}: starting alone takes {STARTING_SECONDS:.0f} s")
         self.deadline = time.perf_counter() + MEASURING_SECONDS
         self.flops = None  # per second, of the last model that was measured
         self.limit = "the largest shape that plan.py tries, not the memory"  # of the last model of all
@@ -203,9 +195,10 @@ class Planner:
         None if not even one row fits."""
         rows = step_tokens(tokens, model.block_size) // model.block_size
         passes = 1
-        while rows > 1 and (rows * model.block_size > FOLDED_TOKENS or rows > self.text.n_rows
+        most = CPU_TOKENS if self.device.type == "cpu" else FOLDED_TOKENS
+        while rows > 1 and (rows * model.block_size > most or rows > self.text.n_rows
                             or memory_bytes(model, rows * model.block_size, self.is_half) > self.memory):
-            is_large = rows * model.block_size > FOLDED_TOKENS
+            is_large = rows * model.block_size > most
             rows //= 2
             # CUDA joins passes again (see strategy.py), so there less memory means a smaller step.
             passes *= 2 if is_large or self.device.type != "cuda" else 1
@@ -214,7 +207,11 @@ class Planner:
 
     def measure(self, model, config):
         """Tokens per second of the training loop with this model and config, from real steps on the real
-        text, for a second or two; and on CUDA the memory that they took, in bytes."""
+        text, for a second or two; and on CUDA the memory that they took, in bytes.
+
+        A step of several passes is measured with one of them."""
+        passes = config.gradient_accumulation_steps
+        config = replace(config, gradient_accumulation_steps=1)
         strategy = SingleProcess()
         strategy.say = lambda text: None
         strategy.setup(replace(config, compile="false"))  # compiling alone would take longer than planning
@@ -224,16 +221,19 @@ class Planner:
                           lambda c, _: self.text.loaders(c.block_size, config.batch_size), None, quiet=True)
         trained = strategy.wrap(setup.model, build_optimizer(setup.model, config, strategy.fast_bfloat16))
         data = load_step(setup.loader, strategy, model.block_size)
-        times = []
-        while len(times) < 3 or sum(times) < 1.5 and len(times) < 200:
+        times = []  # pairs: of the pass, of the rest of the step
+        while len(times) < 3 or sum(map(sum, times)) < 1.5 and len(times) < 200:
             start = time.perf_counter()
             loss = accumulate_gradients(trained, data, sum(data.n_loss_tokens), strategy, config,
                                         self.text.tokenizer)
+            strategy.read(loss, loss)  # waits for the device
+            middle = time.perf_counter()
             norm = strategy.clip_gradients()
             data = load_step(setup.loader, strategy, model.block_size)
             strategy.optimizer_step(config.learning_rate, strategy.read(loss, norm)[1])
-            times.append(time.perf_counter() - start)
-        speed = data.n_tokens / statistics.median(times[1:])
+            times.append((middle - start, time.perf_counter() - middle))
+        of_pass, of_rest = map(statistics.median, zip(*times[1:], strict=True))
+        speed = passes * data.n_tokens / (passes * of_pass + of_rest)
         return speed, torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
 
     def candidate(self, layers, width):
@@ -259,11 +259,10 @@ class Planner:
                 return None
             rows, passes = step
             rate = learning_rate_at(width)
-            decay = weight_decay_for(n, tokens, unique, rate, rows * passes * model.block_size)
             config = replace(self.args.train, batch_size=rows, gradient_accumulation_steps=passes,
-                             learning_rate=rate, weight_decay=decay)
+                             learning_rate=rate)
             memory = memory_bytes(model, rows * model.block_size, self.is_half)
-            seconds = 4 * rows * passes * model.block_size / speed
+            seconds = 4 * rows * model.block_size / speed
             is_late = self.flops and time.perf_counter() + max(2, seconds) > self.deadline
             if step == before or is_late:
                 break
@@ -271,6 +270,8 @@ class Planner:
             memory = peak or memory
             self.flops = speed * flops_per_token
             is_measured = True
+        tokens = self.tokens_for(n, speed)
+        config.weight_decay = weight_decay_for(n, tokens, unique, rate, rows * passes * model.block_size)
         # A law holds for runs of some length. Guessing gives ln(vocabulary), and training is never worse.
         loss = min(float(predict(self.law, *effective(n, tokens, unique))), math.log(model.vocab_size))
         return Candidate(model, config, speed, is_measured, tokens, loss, memory)
@@ -301,8 +302,10 @@ STARTING_SECONDS = time.perf_counter() - START + 2  # train.py imports as much, 
 def finish(candidate, planner):
     """Settings for the two JSON files: the dicts of ModelConfig and TrainConfig fields, and the steps."""
     minutes = planner.args.minutes - STARTING_SECONDS / 60 if planner.args.minutes else 0.0
-    # A run that the text ends goes by steps: a faster machine, or a compiled model, must not read more of it.
-    by_steps = not minutes or candidate.tokens >= PASSES * planner.text.n_tokens
+    # A run that the text ends long before the time goes by steps: a faster machine, or a compiled model, must
+    # not read more of it. Near the time it goes by the clock, so that a slower one decays to the end.
+    seconds = candidate.tokens / candidate.tokens_per_second
+    by_steps = not minutes or seconds < 0.7 * planner.training_seconds()
     model = {name: getattr(candidate.model, name) for name in (*SHAPE, "n_layer", "n_head", "n_embd")}
     config = candidate.train
     in_a_step = config.batch_size * config.gradient_accumulation_steps * candidate.model.block_size
@@ -322,11 +325,6 @@ def finish(candidate, planner):
     return model, train, steps
 
 
-def count(n, noun):
-    """A number of things in words, such as "1 head" or "2,000 steps"."""
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"
-
-
 def clock_after(seconds):
     """The date and time `seconds` from now, as text; None if no calendar has them."""
     try:
@@ -335,10 +333,13 @@ def clock_after(seconds):
         return None
 
 
-def write(path, values):
-    """Set `values` in a JSON file; its other keys stay as they are."""
-    with atomic_write(path, "w") as f:
-        f.write(json.dumps({**read_json(path), **values}, indent=4, ensure_ascii=False) + "\n")
+def write(settings):
+    """Set values in JSON files, {path: dict}, in all of them or in none; their other keys stay."""
+    with contextlib.ExitStack() as files:
+        for path, values in settings.items():
+            f = files.enter_context(atomic_write(path, "w"))
+            f.write(json.dumps({**read_json(path), **values}, indent=4, ensure_ascii=False) + "\n")
+            f.flush()  # a full disk is noticed here, before any file is in its place
 
 
 def main(args):
@@ -375,14 +376,17 @@ def main(args):
         print("this text is too short for as many tokens as suit the model: read more than "
               f"{PASSES} times, it would be learnt by heart")
     if args.write:
-        write(args.model_config, model)
-        write(args.train_config, train)
-    print("written; now run python train.py -t pretrain" if args.write else
-          "add --write to put this into model_config.json and config_pretrain.json")
-    paths = [args.model_config, args.train_config]
-    if args.write and os.path.exists(os.path.join(args.root, ".git")) \
-            and {os.path.dirname(os.path.abspath(path)) for path in paths} == {os.path.abspath(args.root)}:
-        print(f"the committed settings come back with git checkout {' '.join(map(os.path.basename, paths))}")
+        changed = {args.model_config: model, args.train_config: train}
+        sft = os.path.join(args.root, "config_sft.json")
+        if os.path.isfile(sft):  # fine-tuning starts from this model: at half its rate, as shipped
+            changed[sft] = {"learning_rate": train["learning_rate"] / 2}
+        write(changed)
+        names = [path.removeprefix(args.root + os.sep) for path in changed]
+        print(f"written to {', '.join(names)}; now run python train.py -t pretrain")
+        if os.path.exists(os.path.join(args.root, ".git")):
+            print(f"the shipped settings come back with git checkout {' '.join(names)}")
+    else:
+        print("add --write to put this into model_config.json and config_pretrain.json")
     print_json({"model": model, "train": train, "parameters": on_meta(best.model).n_params(), "steps": steps,
                 "tokens": best.tokens, "epochs": epochs, "tokens_per_second": best.tokens_per_second,
                 "expected_loss": best.loss, "memory_gb": best.memory / 1e9, "minutes": seconds / 60,

@@ -146,6 +146,11 @@ def print_json(result):
     print(json.dumps(finite(result), allow_nan=False))
 
 
+def count(n, noun):
+    """A number of things in words, such as "1 head" or "2,000 steps"."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
 @functools.cache
 def note(text):
     """Print a line on stderr, once in a process and only in the first process of a run."""

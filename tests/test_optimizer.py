@@ -163,6 +163,23 @@ def test_what_processes_send_each_other_is_contiguous_as_nccl_wants_it(monkeypat
     assert len(sent) == 3 * 2 and all(share.is_contiguous() for share in sent)
 
 
+def test_a_restored_state_is_a_copy(tmp_path):
+    """torch.load(mmap=True) leaves tensors in their file, which another program may write over."""
+    model, optimizer = model_and_optimizer(optimizer="muon")
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    states = torch.load(tmp_path / "state.pt", mmap=True)
+    _, other = model_and_optimizer(optimizer="muon")
+    other.load_state_dict(states)
+    in_file = {tensor.data_ptr() for state in states for moments in state["state"].values()
+               for tensor in moments.values()}
+    restored = {tensor.data_ptr() for part in other.optimizers for moments in part.state.values()
+                for tensor in moments.values()}
+    assert len(restored) > 10 and not restored & in_file
+
+
 def test_which_kernel_computes_a_step_is_not_taken_from_the_checkpoint():
     """A run that is continued on another device has its own `fused`, and its moments."""
     model, optimizer = model_and_optimizer(optimizer="muon")
