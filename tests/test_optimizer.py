@@ -149,6 +149,16 @@ def test_processes_that_share_muons_matrices_out_get_the_weights_of_one_process(
             assert torch.equal(got, value)
 
 
+def test_matrices_of_one_shape_go_together_except_on_one_cpu():
+    def groups(device, world_size=1):
+        params = [torch.nn.Parameter(torch.empty(shape, device=device)) for shape in 5 * [(6, 8)] + [(8, 6)]]
+        for p in params:
+            p.grad = torch.empty_like(p)
+        return [len(batch) for batch in Muon(params, 0, world_size)._batches(params)]
+
+    assert groups("meta") == groups("cpu", 2) == [5, 1] and groups("cpu") == [1] * 6
+
+
 def test_what_processes_send_each_other_is_contiguous_as_nccl_wants_it(monkeypatch):
     sent = []
 
