@@ -198,10 +198,10 @@ class Planner:
         most = CPU_TOKENS if self.device.type == "cpu" else FOLDED_TOKENS
         while rows > 1 and (rows * model.block_size > most or rows > self.text.n_rows
                             or memory_bytes(model, rows * model.block_size, self.is_half) > self.memory):
-            is_large = rows * model.block_size > most
+            lacks_memory = rows * model.block_size <= most and rows <= self.text.n_rows
             rows //= 2
             # CUDA joins passes again (see strategy.py), so there less memory means a smaller step.
-            passes *= 2 if is_large or self.device.type != "cuda" else 1
+            passes *= 1 if lacks_memory and self.device.type == "cuda" else 2
         needed = memory_bytes(model, rows * model.block_size, self.is_half)
         return (rows, passes) if needed <= self.memory else None
 

@@ -328,6 +328,18 @@ def test_passes_on_a_cpu_are_small_however_large_the_step(workspace):
     assert rows * 32 == plan.CPU_TOKENS and rows * passes * 32 == 524288
 
 
+def test_a_short_file_of_a_curriculum_makes_passes_smaller_and_not_the_step(workspace):
+    planner = plan.Planner(plan.command_line(["--tokens", "1"], root=str(workspace.path)))
+    planner.text.n_rows = 5
+    for device in ("cpu", "cuda"):
+        planner.device = torch.device(device)
+        assert planner.split_step(planner.args.model, 8e6) == (4, 2048 // 32 // 4)
+    # Less memory makes the step smaller on CUDA, where passes are joined again.
+    planner.text.n_rows = 1000
+    planner.memory = 1.01 * plan.memory_bytes(planner.args.model, 32 * 32, planner.is_half)
+    assert planner.split_step(planner.args.model, 8e6) == (32, 1)
+
+
 def test_a_time_that_no_calendar_has_is_no_time():
     assert plan.clock_after(1e300) is None and plan.clock_after(float("inf")) is None
     assert plan.clock_after(0).startswith("20")
