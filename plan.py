@@ -1,7 +1,7 @@
 """Plan a pretraining run: which model, batch, steps and learning rate suit the time, on this machine.
 
     python plan.py --minutes 60                    for an hour
-    python plan.py --minutes 60 --write            and put it into model_config.json and config_pretrain.json
+    python plan.py --minutes 60 --write            and put it into the JSON files
     python plan.py --minutes 60 --memory_gb 8      in at most 8 GB of memory
     python plan.py --tokens 10000000               for so many tokens, however long they take
     python plan.py --memory_gb 8                   the largest model that fits, on the tokens that suit it
@@ -46,7 +46,7 @@ def command_line(argv=None, root=ROOT):
     length.add_argument("--minutes", type=float, help="time from the start of train.py to its end")
     length.add_argument("--tokens", type=int, help="tokens to train on, instead of --minutes")
     cli.add_argument("--memory_gb", type=float, help="largest memory to use (default: 0.9 of a GPU's)")
-    cli.add_argument("--write", action="store_true", help="write the plan into the two JSON files")
+    cli.add_argument("--write", action="store_true", help="write the plan into the JSON files")
     cli.add_argument("--model_config", default=os.path.join(root, "model_config.json"), metavar="FILE")
     cli.add_argument("--train_config", default=os.path.join(root, "config_pretrain.json"), metavar="FILE")
     cli.add_config(TrainConfig, [name for name in TrainConfig.__dataclass_fields__
@@ -94,7 +94,7 @@ from strategy import FOLDED_TOKENS, SingleProcess, load_step
 from tokenizer import Tokenizer
 from train import accumulate_gradients
 
-CPU_TOKENS = 8192  # at most so many in a pass on a CPU, for whose caches more are too many
+CPU_TOKENS = 8192  # at most so many in a pass on a CPU; with 65,536, planning took 4 GB (docs/log.md)
 PASSES = 20  # over the text, at most; many more bring nothing but memorising (docs/scaling.md)
 MEMORISING = 6  # parameters per training token, at most; with more, the same happens sooner
 
@@ -386,7 +386,7 @@ def main(args):
         if os.path.exists(os.path.join(args.root, ".git")):
             print(f"the shipped settings come back with git checkout {' '.join(names)}")
     else:
-        print("add --write to put this into model_config.json and config_pretrain.json")
+        print("add --write to put this into the JSON files")
     print_json({"model": model, "train": train, "parameters": on_meta(best.model).n_params(), "steps": steps,
                 "tokens": best.tokens, "epochs": epochs, "tokens_per_second": best.tokens_per_second,
                 "expected_loss": best.loss, "memory_gb": best.memory / 1e9, "minutes": seconds / 60,

@@ -65,9 +65,10 @@ class Run:
     def __exit__(self, kind, error, traceback):
         self.stop.__exit__(kind, error, traceback)
         self.log.close()
-        if isinstance(error, RuntimeError) and self.stop.signum:  # the compiler got Ctrl-C too
+        of_compiler = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+        if of_compiler and self.stop.signum:  # Ctrl-C has reached the processes that compile, too
             reason = next(iter(str(error).splitlines()), "")
-            raise InputError(f"interrupted in the middle of a step, nothing saved: {reason}") from None
+            raise InputError(f"interrupted while compiling, before this step was saved: {reason}") from None
 
     def stats_path(self):
         """The file of the statistics per layer (stats.py), beside the log; None where nothing is written."""
@@ -100,7 +101,7 @@ class Run:
             _, stamp, _ = ckpt.peek(os.path.join(self.checkpoints, self.fixed_name("best")))
         except InputError:
             return None
-        name = os.path.basename(f"{self.task}_{stamp}_best.pt")
+        name = f"{self.task}_{stamp}_best.pt"
         return name if os.path.exists(os.path.join(self.checkpoints, name)) else None
 
     def latest(self):

@@ -1,4 +1,4 @@
-"""What every script needs: errors of one line, output that does not fail, files that are written whole.
+"""What every script needs: errors of one line, output that does not fail, whole files, signals.
 
 This file imports no torch, so that `--help` and mistakes are answered at once.
 """

@@ -273,7 +273,7 @@ def train(args, strategy):
     files = [strategy.saved_as.format(f"{args.task}_{kind}") for kind in result["saved"]]
     strategy.say(f"{result['step']} steps in {result['seconds']:.0f} s, best validation loss "
                  f"{result['best_val_loss']:.4f}; {', '.join([*files, result['log'] or ''])}")
-    if "best" in result["saved"] and earlier_best:
+    if earlier_best and setup.run.dated_name_of_best() != earlier_best:
         strategy.say(f"the best of the run before is checkpoint/{earlier_best}")
     return result
 

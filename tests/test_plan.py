@@ -6,6 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
+from conftest import TINY
 
 import plan
 from config import ModelConfig
@@ -182,6 +183,12 @@ def test_a_plan_is_measured_with_the_settings_that_it_writes(workspace, planned,
     config = measured[result["model"]["n_embd"]]
     for name in ("dropout", "optimizer", "batch_size", "gradient_accumulation_steps"):
         assert result["train"][name] == getattr(config, name), name
+    vocab_size = Tokenizer.load(workspace.path / "dataset" / "tokenizer.json").vocab_size
+    n = plan.on_meta(ModelConfig(**{**TINY, **result["model"], "vocab_size": vocab_size})).n_matmul_params()
+    in_a_step = config.batch_size * config.gradient_accumulation_steps * TINY["block_size"]
+    decay = plan.weight_decay_for(n, result["tokens"], result["tokens"] / result["epochs"],
+                                  config.learning_rate, in_a_step)
+    assert result["train"]["weight_decay"] == pytest.approx(decay, rel=0.05)
 
 
 def test_a_model_that_could_learn_the_text_by_heart_is_not_chosen(workspace, monkeypatch):

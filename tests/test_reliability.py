@@ -283,9 +283,10 @@ def test_a_row_too_long_is_named_and_never_read_into_memory(workspace):
     good = "\n".join(json.dumps({"question": f"q{i}", "answer": "a"}) for i in range(20))
     row = '{"question": "q", "answer": "', '"}\n' + good
     _, small = prepared_in(workspace, "sft", *row, 34)
-    result, large = prepared_in(workspace, "sft", *row, 82)
+    # Which buffers are alive together is up to chance on a busy machine; a row in memory is there every time.
+    result, large = min((prepared_in(workspace, "sft", *row, 82) for _ in range(3)), key=lambda run: run[1])
     assert "82.sft, line 1: longer than 16 MB; skipped" in result.stderr
-    assert large - small < 24  # the one row has 48 MB more, and 16 MB are read at a time
+    assert large - small < 16
     numbers = json.loads(result.stdout.splitlines()[-2])["sft"]
     assert numbers["training"]["rows"] + numbers["validation"]["rows"] == 20
     assert "longer than 16 MB" in workspace.run("data.py", "--sft", "34.sft", "--strict", "--out",
